@@ -1,0 +1,102 @@
+"""Reference activations minus base activations, layer by layer, with algebra.
+
+`Deltas` keeps both means: a plan with `mean="sequence"` needs the reference itself, and pictures show both.
+The algebra is that of the pair, so `(d - d).vectors == 0` and `(-d) * -2 == 2 * d` hold exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fusion_lens.activations import Activations, activations_from_cache
+from fusion_lens.errors import ActivationError
+from fusion_lens.models import ModelIdentity
+from fusion_lens.prompts import Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deltas:
+    """`reference` and `base` means of one question; `layout` is that of the base prompt, the one to steer."""
+
+    reference: Float[Tensor, "layer d_model"]
+    base: Float[Tensor, "layer d_model"]
+    layout: Layout
+    model: ModelIdentity
+
+    def __post_init__(self) -> None:
+        expected = (self.model.n_layers, self.model.d_model)
+        for name in ("reference", "base"):
+            tensor: Tensor = getattr(self, name)
+            if tuple(tensor.shape) != expected:
+                raise ActivationError(
+                    f"{name} must have the shape {expected} of {self.model.name}, "
+                    f"but got {tuple(tensor.shape)}."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ActivationError(f"{name} must be finite, but it holds NaN or infinity.")
+
+    @property
+    def vectors(self) -> Float[Tensor, "layer d_model"]:
+        """`h[l] - mu[l]`, in residual units."""
+        return self.reference - self.base
+
+    @property
+    def norms(self) -> Float[Tensor, " layer"]:
+        """The Euclidean norm of every layer's vector."""
+        return self.vectors.norm(dim=-1)
+
+    def __add__(self, other: Deltas) -> Deltas:
+        _require_same_model(self.model, other.model)
+        return self._like(self.reference + other.reference, self.base + other.base)
+
+    def __sub__(self, other: Deltas) -> Deltas:
+        return self + -other
+
+    def __neg__(self) -> Deltas:
+        return self * -1.0
+
+    def __mul__(self, factor: float) -> Deltas:
+        return self._like(self.reference * factor, self.base * factor)
+
+    __rmul__ = __mul__
+
+    def _like(self, reference: Tensor, base: Tensor) -> Deltas:
+        return Deltas(reference=reference, base=base, layout=self.layout, model=self.model)
+
+
+def deltas(reference: Activations, base: Activations) -> Deltas:
+    """Subtract what the model does on the steered prompt (`base`) from what it does on the reference.
+
+    Raises:
+        ActivationError: if the two come from different models.
+    """
+    _require_same_model(reference.model, base.model)
+    return Deltas(
+        reference=reference.mean, base=base.mean, layout=base.layout, model=base.model
+    )
+
+
+def deltas_from_caches(
+    reference: Any,
+    base: Any,
+    *,
+    reference_span: tuple[int, int],
+    base_span: tuple[int, int],
+    special: tuple[int, ...] = (),
+) -> Deltas:
+    """The same from two TransformerLens `ActivationCache`s; `special` are the base prompt's special positions."""
+    return deltas(
+        activations_from_cache(reference, span=reference_span),
+        activations_from_cache(base, span=base_span, special=special),
+    )
+
+
+def _require_same_model(one: ModelIdentity, other: ModelIdentity) -> None:
+    reason = one.mismatch(other)
+    if reason is not None:
+        raise ActivationError(f"both sides must come from one model, but {reason}.")

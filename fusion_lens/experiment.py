@@ -1,0 +1,288 @@
+"""The loop over questions and arms; composes the stages and their configs.
+
+Arms so far: `baseline` (one greedy run of the steered prompt, unsteered), `full` (one coefficient for all layers)
+and `segmented` (one per segment). Questions are taken in blocks, so that memory does not grow with their number;
+all rounds of a block share one batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fusion_lens.errors import ConfigError, one_of
+from fusion_lens.generation import Row, generate
+from fusion_lens.graders import Graded
+from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.plan_files import save_plan
+from fusion_lens.plans import Segment
+from fusion_lens.questions import Question
+from fusion_lens.results import (
+    SCHEMA_VERSION,
+    Provenance,
+    Result,
+    Results,
+    append_results,
+    open_run_folder,
+    plan_path,
+    save_summary,
+)
+from fusion_lens.statistics import Interval, cluster_bootstrap
+from fusion_lens.tuning import (
+    Failure,
+    Job,
+    Prepared,
+    Progress,
+    TunedPlan,
+    TuningConfig,
+    grade_rows,
+    make_segments,
+    prepare,
+    tune_jobs,
+)
+
+ARMS = ("baseline", "full", "segmented")
+METRICS = ("exact_match", "overlap", "objective", "nll", "perplexity", "distinct_2")
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentConfig:
+    """What to run on every question. `segments` divides the layers of the segmented arm."""
+
+    arms: tuple[str, ...] = ARMS
+    segments: str | int = "thirds"
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise ConfigError(f"arms must be different and at least one, but got {self.arms}.")
+        for arm in self.arms:
+            one_of("arms", arm, ARMS)
+        if self.block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, but got {self.block_size}.")
+
+
+def run(
+    model: HookedModel,
+    questions: Sequence[Question],
+    config: ExperimentConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Tune and score every question under every arm; with `out`, write the run there.
+
+    A question that cannot be steered (`SpanError`, `ContextLengthError`) is listed under `failures` in the summary
+    and the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
+
+    Raises:
+        ConfigError: if two questions share an id.
+        PlanError: if the model has fewer layers than segments.
+        OutputError: if `out` cannot be written.
+    """
+    config = config or ExperimentConfig()
+    if len({question.id for question in questions}) != len(questions):
+        raise ConfigError("question ids must be unique, but two questions share one.")
+    identity = identify(model)
+    segments = {
+        "full": make_segments("full", identity.n_layers),
+        "segmented": make_segments(config.segments, identity.n_layers),
+    }
+    folder = None if out is None else open_run_folder(out)
+    order = {
+        (question.id, arm): (i, j)
+        for i, question in enumerate(questions)
+        for j, arm in enumerate(config.arms)
+    }
+    began = time.perf_counter()
+    records: list[Result] = []
+    norms: dict[str, list[float]] = {}
+    failures: list[Failure] = []
+    interrupted = False
+    try:
+        for start in range(0, len(questions), config.block_size):
+            block = questions[start : start + config.block_size]
+            prepared, failed = prepare(model, block, config.tuning)
+            failures.extend(failed)
+            norms.update({item.question.id: item.deltas.norms.tolist() for item in prepared})
+            jobs = _jobs(prepared, config, segments)
+            shown = _within(progress, done=start, of=len(questions), config=config)
+            baseline = _baseline(model, prepared, config)
+            tuned, interrupted = tune_jobs(model, jobs, config.tuning, progress=shown)
+            new = [*baseline, *map(_tuned_result, tuned)]
+            new.sort(key=lambda record: order[record.question_id, record.arm])
+            records.extend(new)
+            if folder is not None:
+                append_results(folder, new)
+                for plan in tuned:
+                    path = plan_path(folder, plan.job.prepared.question.id, plan.job.arm)
+                    save_plan(plan.plan, path)
+            if interrupted:
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    summary = _summary(identity, config, records, failures)
+    summary |= {
+        "delta_norms": norms,
+        "interrupted": interrupted,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    if folder is not None:
+        save_summary(folder, summary)
+    return Results(tuple(records), summary)
+
+
+def _jobs(
+    prepared: Sequence[Prepared],
+    config: ExperimentConfig,
+    segments: Mapping[str, tuple[Segment, ...]],
+) -> list[Job]:
+    return [
+        Job(item, segments[arm], arm) for item in prepared for arm in config.arms if arm in segments
+    ]
+
+
+def _baseline(
+    model: HookedModel, prepared: Sequence[Prepared], config: ExperimentConfig
+) -> list[Result]:
+    if "baseline" not in config.arms or not prepared:
+        return []
+    began = time.perf_counter()
+    rows = [Row(item.prompt) for item in prepared]
+    completions = generate(model, rows, config.tuning.generation)
+    graded = grade_rows(
+        model, [(item.question, item.prompt) for item in prepared], completions, config.tuning
+    )
+    seconds = (time.perf_counter() - began) / len(rows)
+    return [
+        _result(item.question, "baseline", score, seconds)
+        for item, score in zip(prepared, graded, strict=True)
+    ]
+
+
+def _tuned_result(tuned: TunedPlan) -> Result:
+    search = tuned.tuned
+    return replace(
+        _result(tuned.job.prepared.question, tuned.job.arm, tuned.best, tuned.seconds),
+        coeffs=dict(search.best.coeffs),
+        injected_norm=search.best.injected_norm,
+        n_trials=len(search.trials),
+        best_trial=search.best.number,
+        zero_won=search.zero_won,
+        tied=search.tied,
+    )
+
+
+def _result(question: Question, arm: str, graded: Graded, seconds: float) -> Result:
+    return Result(
+        question_id=question.id,
+        arm=arm,
+        subject=question.subject or question.id,
+        question=question.question,
+        answer=question.answer,
+        completion=graded.completion.text,
+        extracted=graded.answer,
+        ended=graded.completion.ended,
+        coeffs={},
+        injected_norm=0.0,
+        objective=graded.objective,
+        overlap=graded.overlap,
+        exact_match=graded.exact_match,
+        nll=graded.nll,
+        perplexity=graded.perplexity,
+        distinct_2=graded.distinct_2,
+        n_trials=1,
+        best_trial=1,
+        zero_won=None,
+        tied=None,
+        seconds=round(seconds, 4),
+    )
+
+
+def _summary(
+    identity: ModelIdentity,
+    config: ExperimentConfig,
+    records: Sequence[Result],
+    failures: Sequence[Failure],
+) -> dict[str, Any]:
+    seed = config.tuning.search.seed
+    provenance = Provenance.of(
+        identity, seed=seed, settings=_settings(config), threads=torch.get_num_threads()
+    )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "provenance": asdict(provenance),
+        "arms": {
+            arm: _arm([record for record in records if record.arm == arm], seed)
+            for arm in config.arms
+        },
+        "failures": [
+            {
+                "question_id": failure.question_id,
+                "error": type(failure.cause).__name__,
+                "message": str(failure.cause),
+            }
+            for failure in failures
+        ],
+    }
+
+
+def _arm(records: Sequence[Result], seed: int) -> dict[str, Any]:
+    clusters = [record.subject for record in records]
+    metrics = {
+        name: asdict(_interval(name, [getattr(r, name) for r in records], clusters, seed))
+        for name in METRICS
+    }
+    arm: dict[str, Any] = {"n": len(records), "clusters": len(set(clusters)), "metrics": metrics}
+    tuned = [record for record in records if record.coeffs]
+    if tuned:
+        arm |= {
+            "coeffs_median": {
+                name: median(record.coeffs[name] for record in tuned) for name in tuned[0].coeffs
+            },
+            "zero_won": sum(bool(record.zero_won) for record in tuned) / len(tuned),
+            "tied": sum(bool(record.tied) for record in tuned) / len(tuned),
+        }
+    return arm
+
+
+def _interval(
+    name: str, values: list[float | None], clusters: list[str], seed: int
+) -> Interval:
+    if name != "perplexity":
+        return cluster_bootstrap(values, clusters, seed=seed)
+    # a mean of perplexities is the mean of its outliers: exponentiate the mean of the logarithms
+    logs = cluster_bootstrap(
+        [None if value is None else math.log(value) for value in values], clusters, seed=seed
+    )
+    return replace(logs, mean=_exp(logs.mean), low=_exp(logs.low), high=_exp(logs.high))
+
+
+def _exp(value: float | None) -> float | None:
+    return None if value is None else math.exp(value)
+
+
+def _settings(config: ExperimentConfig) -> dict[str, Any]:
+    settings = asdict(config)
+    sampler = config.tuning.search.sampler
+    settings["tuning"]["search"]["sampler"] = "TPE" if sampler is None else repr(sampler)
+    return settings
+
+
+def _within(
+    progress: Progress | None, *, done: int, of: int, config: ExperimentConfig
+) -> Progress | None:
+    """A block's progress as progress of the whole run."""
+    if progress is None:
+        return None
+    per_question = config.tuning.search.trials * sum(arm != "baseline" for arm in config.arms)
+    outer = progress
+    return lambda stage, n, _: outer(stage, done * per_question + n, of * per_question)

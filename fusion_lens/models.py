@@ -1,0 +1,268 @@
+"""The only door to TransformerLens: open a model, name its hooks, tell which model it is, run one pass.
+
+Anything with TransformerLens hook points is accepted as it is: a `TransformerBridge` (3.x, 4.x) or the older
+`HookedTransformer`. `load_model` opens a bridge with unprocessed weights, the basis of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusion_lens.atlas import CHECKPOINT
+from fusion_lens.errors import HookNameError, ModelError
+
+_HASHED_ELEMENTS = 1_000_000
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What the package asks of a model; `TransformerBridge` and `HookedTransformer` offer it."""
+
+    cfg: Any
+    tokenizer: Any
+    training: bool
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+
+    def hooks(self, fwd_hooks: Any = ...) -> AbstractContextManager[Any]: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model a tensor belongs to.
+
+    `weights` is a SHA-256 over all parameters rounded to bfloat16 (so that one checkpoint opened in two
+    precisions stays one model; of a parameter above a million elements an even sample), `embedding` the same
+    over the token embedding alone, the one matrix both wrappers store alike. `processing` is "unprocessed" or
+    "processed" (folded or centred by TransformerLens: another basis of the residual stream).
+    """
+
+    name: str
+    wrapper: str
+    processing: str
+    n_layers: int
+    d_model: int
+    dtype: str
+    weights: str
+    embedding: str
+
+    def mismatch(self, other: ModelIdentity) -> str | None:
+        """Why tensors of `self` must not be used on `other`; None if they may."""
+        for field in ("d_model", "n_layers", "processing"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"{field} must be {mine}, but the model has {theirs}"
+        compared = "weights" if self.wrapper == other.wrapper else "embedding"
+        mine, theirs = getattr(self, compared), getattr(other, compared)
+        if mine != theirs:
+            return (
+                f"it was made on {self.name} ({compared} {mine[:12]}), "
+                f"but the model is {other.name} ({theirs[:12]})"
+            )
+        return None
+
+
+def load_model(
+    name_or_path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> HookedModel:
+    """Open a model as a `TransformerBridge` with unprocessed weights.
+
+    None is Atlas, the model that ships with the package; else a local checkpoint folder or a hub name.
+
+    Raises:
+        ModelError: if it cannot be found or opened, or `dtype` is no floating torch dtype.
+    """
+    source = str(CHECKPOINT if name_or_path is None else name_or_path)
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
+        raise ModelError(f"dtype must be a floating torch dtype such as float32, but got {dtype!r}.")
+    if Path(source).exists() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"{source} must be a checkpoint folder with a config.json; it has none.")
+
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        if Path(source).exists():
+            transformers_logging.disable_progress_bar()
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = TransformerBridge.boot_transformers(
+            source,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=torch_dtype,
+            revision=revision,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{source} must be a checkpoint folder or a reachable hub name, but: {reason[0]}"
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    model.train(False)
+    if name_or_path is None:
+        model.cfg.model_name = "atlas"
+    return model  # type: ignore[no-any-return]
+
+
+def resid_post(layer: int) -> str:
+    """The hook name of the residual stream after block `layer`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def check_hook_names(model: HookedModel, names: list[str]) -> None:
+    """Make sure each hook exists.
+
+    Raises:
+        HookNameError: for the first that does not. A bridge would ignore it and run unsteered.
+    """
+    known = model.hook_dict
+    for name in names:
+        if name not in known:
+            raise HookNameError(name, known)
+
+
+def identify(model: HookedModel) -> ModelIdentity:
+    """Hash and describe a model.
+
+    Raises:
+        ModelError: if it lacks what every TransformerLens model has.
+    """
+    if not isinstance(model, HookedModel):
+        raise ModelError(
+            "the model must offer TransformerLens hook points, "
+            f"but got {type(model).__name__}; open it with load_model."
+        )
+    weights = hashlib.sha256()
+    for parameter in model.parameters():
+        _hash_into(weights, parameter)
+    embedding = hashlib.sha256()
+    _hash_into(embedding, model.W_E)  # type: ignore[attr-defined]
+    return ModelIdentity(
+        name=str(model.cfg.model_name),
+        wrapper=type(model).__name__,
+        processing=_processing(model),
+        n_layers=int(model.cfg.n_layers),
+        d_model=int(model.cfg.d_model),
+        dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
+        weights=weights.hexdigest(),
+        embedding=embedding.hexdigest(),
+    )
+
+
+def stop_tokens(model: HookedModel) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's and the checkpoint's own."""
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    declared = getattr(config, "eos_token_id", None)
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in (*ids, model.tokenizer.eos_token_id) if i is not None)
+
+
+@contextmanager
+def evaluating(model: HookedModel) -> Iterator[None]:
+    """No gradients and no dropout inside; the model's mode is given back as it was."""
+    was_training = model.training
+    try:
+        if was_training:
+            model.train(False)
+        with torch.no_grad():
+            yield
+    finally:
+        if was_training:
+            model.train(True)
+
+
+@dataclass(slots=True)
+class KeyValues:
+    """The key-value cache of one running batch: the wrapper's own object behind one name."""
+
+    store: Any = None
+
+
+def forward(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch new"],
+    mask: Int[Tensor, "batch pos"],
+    *,
+    cache: KeyValues | None = None,
+    last_only: bool = False,
+) -> Float[Tensor, "batch kept d_vocab"]:
+    """Logits of one pass over `tokens`, the last `new` of `pos` positions; the rest is in `cache`.
+
+    `mask` is 0 at left padding. With `last_only`, `kept` is 1.
+    """
+    if type(model).__name__ == "HookedTransformer":
+        logits = _hooked_transformer_forward(model, tokens, mask, cache)
+    else:
+        logits = _bridge_forward(model, tokens, mask, cache, last_only)
+    return logits[:, -1:] if last_only else logits
+
+
+def _bridge_forward(
+    model: Any, tokens: Tensor, mask: Tensor, cache: KeyValues | None, last_only: bool
+) -> Tensor:
+    options: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
+    if cache is not None and cache.store is not None:
+        options["past_key_values"] = cache.store
+    if last_only and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+        options["logits_to_keep"] = 1
+    logits, store = model(tokens, return_type="logits_and_cache", **options)
+    if cache is not None:
+        cache.store = store
+    return logits  # type: ignore[no-any-return]
+
+
+def _hooked_transformer_forward(
+    model: Any, tokens: Tensor, mask: Tensor, cache: KeyValues | None
+) -> Tensor:
+    options: dict[str, Any] = {}
+    if cache is not None:
+        if cache.store is None:
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            cache.store = TransformerLensKeyValueCache.init_cache(
+                model.cfg, model.cfg.device, tokens.shape[0]
+            )
+        options["past_kv_cache"] = cache.store
+    return model(tokens, attention_mask=mask[:, -tokens.shape[1] :], **options)  # type: ignore[no-any-return]
+
+
+def _processing(model: Any) -> str:
+    if type(model).__name__ == "HookedTransformer":
+        folded = str(model.cfg.normalization_type).endswith("Pre")
+        centred = bool(model.W_E.mean(dim=-1).abs().max() < 1e-6 * model.W_E.abs().max())
+        return "processed" if folded or centred else "unprocessed"
+    return "processed" if getattr(model, "_weights_processed", False) else "unprocessed"
+
+
+def _hash_into(digest: Any, parameter: Tensor) -> None:
+    flat = parameter.detach().reshape(-1)
+    flat = flat[:: max(1, flat.numel() // _HASHED_ELEMENTS)]
+    digest.update(str(tuple(parameter.shape)).encode())
+    digest.update(flat.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

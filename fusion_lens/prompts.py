@@ -1,0 +1,178 @@
+"""A question -> text and tokens, and which tokens are the answer.
+
+Texts are those of Fusion Steering (arXiv 2505.22572), as METHOD 1.1 and 1.3 restate them. Special tokens are
+found by id and shown (`Prompt.special`), never guessed from a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fusion_lens.errors import ConfigError, ModelError, SpanError
+from fusion_lens.models import HookedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things are in a prompt: its length in tokens, and the positions of special tokens."""
+
+    length: int
+    special: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text as the model reads it.
+
+    `span` is the half-open token range that is pooled over (None: the whole prompt), `str_tokens` the text of
+    every token, BOS included if there is one.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    str_tokens: tuple[str, ...]
+    special: tuple[int, ...]
+    span: tuple[int, int] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Length and special positions."""
+        return Layout(len(self.tokens), self.special)
+
+    @property
+    def pooled(self) -> tuple[int, ...]:
+        """The positions a mean is taken over: the span (or everything) without special tokens."""
+        start, stop = self.span or (0, len(self.tokens))
+        return tuple(t for t in range(start, stop) if t not in self.special)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The texts around a question.
+
+    `prepend_bos=None` does what TransformerLens does for the model (`cfg.default_prepend_bos`). With `chat`,
+    the tokenizer's chat template wraps the bare question and the answer follows its generation prompt.
+    """
+
+    question: str = "Question: {question}\nAnswer and explanation:"
+    reference: str = "\n{answer}\n{explanation}"
+    explain: str = "Question: {question}\nAnswer: {answer}\nExplanation:"
+    prepend_bos: bool | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, fields in (
+            ("question", ("question",)),
+            ("reference", ("answer", "explanation")),
+            ("explain", ("question", "answer")),
+        ):
+            text = getattr(self, name)
+            missing = [field for field in fields if "{" + field + "}" not in text]
+            if missing:
+                raise ConfigError(
+                    f"the {name} template must contain {{{missing[0]}}}, but got {text!r}."
+                )
+
+
+def tokenize(
+    model: HookedModel, text: str, *, prepend_bos: bool | None = None, chars: tuple[int, int] | None = None
+) -> Prompt:
+    """Tokenize `text`; `chars` is a half-open character range that becomes the prompt's token span.
+
+    Raises:
+        ModelError: if the tokenizer cannot tell which characters a token covers.
+        SpanError: if no token other than the unknown one covers `chars`.
+    """
+    tokenizer: Any = model.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            "the model's tokenizer must be a fast one (it tells which characters a token covers), "
+            f"but got {type(tokenizer).__name__}; open it with AutoTokenizer.from_pretrained(...)."
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = list(encoded["input_ids"])
+    offsets = list(encoded["offset_mapping"])
+    if prepend_bos is None:
+        prepend_bos = bool(getattr(model.cfg, "default_prepend_bos", True))
+    bos = tokenizer.bos_token_id
+    if prepend_bos and bos is not None and tokens[:1] != [bos]:
+        tokens.insert(0, bos)
+        offsets.insert(0, (0, 0))
+    content = {tokenizer.unk_token_id}
+    special_ids = set(tokenizer.all_special_ids) - content
+    span = None
+    if chars is not None:
+        covering = [i for i, (s, e) in enumerate(offsets) if e > s and e > chars[0] and s < chars[1]]
+        if all(tokens[i] == tokenizer.unk_token_id for i in covering):
+            raise SpanError(
+                f"the answer must be found in the reference's tokens, but {text[slice(*chars)]!r} "
+                "has no known token; give an answer the tokenizer can write."
+            )
+        span = (covering[0], covering[-1] + 1)
+    return Prompt(
+        text=text,
+        tokens=tuple(tokens),
+        str_tokens=tuple(tokenizer.convert_ids_to_tokens(tokens)),
+        special=tuple(i for i, token in enumerate(tokens) if token in special_ids),
+        span=span,
+    )
+
+
+def question_prompt(model: HookedModel, question: str, template: Template | None = None) -> Prompt:
+    """The steered prompt: the question, waiting for its answer."""
+    template = template or Template()
+    text = _question_text(model, question, template)
+    return tokenize(model, text, prepend_bos=template.prepend_bos)
+
+
+def explanation_prompt(
+    model: HookedModel, question: str, answer: str, template: Template | None = None
+) -> Prompt:
+    """Question and gold answer; the model's continuation is its own explanation."""
+    template = template or Template()
+    text = template.explain.format(question=question, answer=answer)
+    if template.chat:
+        text = _chat(model, text)
+    return tokenize(model, text, prepend_bos=template.prepend_bos)
+
+
+def reference_prompt(
+    model: HookedModel,
+    question: str,
+    answer: str,
+    explanation: str = "",
+    template: Template | None = None,
+) -> Prompt:
+    """The reference text; its span is the tokens of gold + explanation, question and BOS excluded.
+
+    Raises:
+        SpanError: if the answer has no token of its own in the text.
+    """
+    template = template or Template()
+    head = _question_text(model, question, template)
+    tail = template.reference.format(answer=answer, explanation=explanation).rstrip("\n")
+    text = head + (tail.lstrip("\n") if template.chat else tail)
+    start = text.find(answer, len(head))
+    if not answer.strip() or start < 0:
+        raise SpanError(
+            f"the answer must be found in the reference's tokens, but {answer!r} is not in {tail!r}."
+        )
+    tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, start + len(answer)))
+    return tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, len(text)))
+
+
+def _question_text(model: HookedModel, question: str, template: Template) -> str:
+    return _chat(model, question) if template.chat else template.question.format(question=question)
+
+
+def _chat(model: HookedModel, content: str) -> str:
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"chat=True needs a tokenizer with a chat template; that of {model.cfg.model_name} has none."
+        )
+    return str(
+        model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+    )

@@ -1,0 +1,204 @@
+"""Files of questions -> checked `Question` values. JSONL and CSV; knows no model.
+
+A line holds `question` and `answer`; `id`, `subject`, `topic`, `answer_type`, `split`, `aliases`, `explanation`,
+`paraphrases` and `neighbours` are optional. In CSV the list-valued columns hold JSON. Other columns are
+ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_lens.errors import InputFileError, QuestionError
+
+_TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
+_LIST_FIELDS = ("aliases", "paraphrases")
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """The same relation about another, known subject: what steering must not break."""
+
+    question: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        _require_text("a neighbour", question=self.question, answer=self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its gold answer. `subject` is the cluster for statistics."""
+
+    id: str
+    question: str
+    answer: str
+    subject: str | None = None
+    topic: str | None = None
+    answer_type: str | None = None
+    split: str | None = None
+    aliases: tuple[str, ...] = ()
+    explanation: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_text(
+            f"question {self.id!r}", id=self.id, question=self.question, answer=self.answer
+        )
+
+
+def _require_text(what: str, **fields: str) -> None:
+    for name, value in fields.items():
+        if not value.strip():
+            raise QuestionError(f"{what} must have a non-empty {name}, but got {value!r}.")
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Read a `.jsonl` or `.csv` file.
+
+    Raises:
+        InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names the line.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl_records, ".csv": _csv_records}
+    if path.suffix not in readers:
+        raise InputFileError(path, f"must end in .jsonl or .csv, but got {path.suffix!r}")
+    lines: dict[str, int] = {}
+    questions: list[Question] = []
+    try:
+        for line, record in readers[path.suffix](path):
+            question = _question_from(path, line, record)
+            if question.id in lines:
+                raise InputFileError(
+                    path, f"id {question.id!r} must be unique, but line {lines[question.id]} has it", line
+                )
+            lines[question.id] = line
+            questions.append(question)
+    except OSError as error:
+        raise InputFileError(path, f"cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputFileError(path, f"must be UTF-8 text: {error.reason}") from error
+    if not questions:
+        raise InputFileError(path, "must hold at least one question, but holds none")
+    return questions
+
+
+def save_questions(questions: Iterable[Question], path: str | Path) -> None:
+    """Write JSONL, one question a line, empty fields left out."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for question in questions:
+            record = {key: value for key, value in asdict(question).items() if value}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def select_questions(
+    questions: Sequence[Question],
+    *,
+    split: str | None = None,
+    ids: Sequence[str] = (),
+    limit: int | None = None,
+) -> list[Question]:
+    """Keep a split, then named ids, then the first `limit`.
+
+    A file in which no question names a split is taken whole.
+
+    Raises:
+        QuestionError: if an id is unknown or nothing is left.
+    """
+    kept = list(questions)
+    if split is not None and any(question.split is not None for question in kept):
+        kept = [question for question in kept if question.split == split]
+    if ids:
+        by_id = {question.id: question for question in questions}
+        unknown = [name for name in ids if name not in by_id]
+        if unknown:
+            raise QuestionError(f"every question id must be in the file, but got {unknown[0]!r}.")
+        kept = [by_id[name] for name in ids]
+    if not kept:
+        splits = sorted({question.split or "none" for question in questions})
+        raise QuestionError(
+            f"at least one question must be left, but {split=} keeps none; "
+            f"the file has the splits {', '.join(splits)}."
+        )
+    return kept if limit is None else kept[:limit]
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise InputFileError(path, f"must be JSON: {error.msg}", line) from error
+            if not isinstance(record, dict):
+                raise InputFileError(
+                    path, f"must be a JSON object, but got {type(record).__name__}", line
+                )
+            yield line, record
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise InputFileError(
+                        path, "must have as many cells as the header has columns", reader.line_num
+                    )
+                yield reader.line_num, {key: _csv_value(key, cell) for key, cell in record.items()}
+        except csv.Error as error:
+            raise InputFileError(path, f"must be CSV: {error}", reader.line_num) from error
+
+
+def _csv_value(key: str, cell: str) -> object:
+    if key not in (*_LIST_FIELDS, "neighbours"):
+        return cell or None
+    if not cell:
+        return []
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError:
+        return cell
+
+
+def _question_from(path: Path, line: int, record: Mapping[str, Any]) -> Question:
+    fields: dict[str, Any] = {"id": f"q{line:04d}"}
+    for name in ("question", "answer"):
+        if not isinstance(record.get(name), str):
+            raise InputFileError(path, f"must have a text {name!r}, but got {record.get(name)!r}", line)
+        fields[name] = record[name]
+    for name in _TEXT_FIELDS:
+        value = record.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise InputFileError(path, f"{name!r} must be text, but got {value!r}", line)
+        fields[name] = value
+    for name in _LIST_FIELDS:
+        value = record.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputFileError(path, f"{name!r} must be a list of texts, but got {value!r}", line)
+        fields[name] = tuple(value)
+    try:
+        fields["neighbours"] = tuple(
+            Neighbour(item["question"], item["answer"]) for item in record.get("neighbours") or []
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputFileError(
+            path, "'neighbours' must be a list of {question, answer} objects", line
+        ) from error
+    except QuestionError as error:
+        raise InputFileError(path, str(error), line) from error
+    try:
+        return Question(**fields)
+    except QuestionError as error:
+        raise InputFileError(path, str(error), line) from error

@@ -1,0 +1,205 @@
+"""Records of a run on disk: `results.jsonl`, `summary.json`, `plans/*.safetensors`; versioned.
+
+`results.jsonl` has a line per question and arm. `summary.json` is written last and whole: a folder without it holds
+a run that did not end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
+from fusion_lens.models import ModelIdentity
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One question under one arm.
+
+    `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity` its
+    exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as in `search.Tuned`.
+    """
+
+    question_id: str
+    arm: str
+    subject: str
+    question: str
+    answer: str
+    completion: str
+    extracted: str
+    ended: bool
+    coeffs: dict[str, float]
+    injected_norm: float
+    objective: float
+    overlap: float | None
+    exact_match: float
+    nll: float | None
+    perplexity: float | None
+    distinct_2: float | None
+    n_trials: int
+    best_trial: int
+    zero_won: bool | None
+    tied: bool | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What was run, on what, with what."""
+
+    model: str
+    weights_sha256: str
+    processing_mode: str
+    dtype: str
+    seed: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    threads: int
+
+    @staticmethod
+    def of(
+        model: ModelIdentity, *, seed: int, settings: dict[str, Any], threads: int
+    ) -> Provenance:
+        """Gather the versions of the running environment."""
+        versions = {name: version(name) for name in _PACKAGES}
+        return Provenance(
+            model=model.name,
+            weights_sha256=model.weights,
+            processing_mode=model.processing,
+            dtype=model.dtype,
+            seed=seed,
+            settings=settings,
+            versions={"python": platform.python_version(), **versions},
+            threads=threads,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The records of a run and its summary as a dictionary."""
+
+    records: tuple[Result, ...]
+    summary: dict[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per question and arm, a column `coeff.<segment>` per coefficient.
+
+        Raises:
+            MissingExtraError: if pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError("pandas", "pandas") from error
+        rows = []
+        for record in self.records:
+            row = asdict(record)
+            coeffs = row.pop("coeffs")
+            rows.append(row | {f"coeff.{name}": value for name, value in coeffs.items()})
+        return pd.DataFrame(rows)
+
+
+def open_run_folder(folder: str | Path) -> Path:
+    """Make the folder (and `plans/`), prove it can be written, and take away an earlier run's records.
+
+    Raises:
+        OutputError: if it cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        (folder / "plans").mkdir(parents=True, exist_ok=True)
+        for stale in (
+            folder / "summary.json",
+            folder / "results.jsonl",
+            *(folder / "plans").glob("*.safetensors"),
+        ):
+            stale.unlink(missing_ok=True)
+        (folder / "results.jsonl").touch()
+    except OSError as error:
+        raise OutputError(folder, error.strerror or str(error)) from error
+    return folder
+
+
+def append_results(folder: Path, records: Iterable[Result]) -> None:
+    """Add lines to `results.jsonl`.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    path = folder / "results.jsonl"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
+def save_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write `summary.json`, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    path = folder / "summary.json"
+    part = path.with_name("summary.json.part")
+    try:
+        part.write_text(
+            json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
+def plan_path(folder: Path, question_id: str, arm: str) -> Path:
+    """Where a question's plan of one arm lies; ids are made safe for a file name."""
+    safe = re.sub(r"[^\w.-]", "_", question_id).lstrip(".") or "_"
+    return folder / "plans" / f"{safe}.{arm}.safetensors"
+
+
+def load_results(folder: str | Path) -> Results:
+    """Read a run.
+
+    Raises:
+        InputFileError: if a file is missing, malformed or of another schema; names the line.
+    """
+    folder = Path(folder)
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputFileError(
+            folder, f"must hold summary.json and results.jsonl of a run: {error.strerror}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputFileError(path, f"must be JSON: {error}") from error
+    if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
+        raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
+    return Results(_records(folder / "results.jsonl", lines), summary)
+
+
+def _records(path: Path, lines: Sequence[str]) -> tuple[Result, ...]:
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(Result(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise InputFileError(path, f"must be a result: {error}", number) from error
+    return tuple(records)

@@ -1,0 +1,314 @@
+"""Coefficients -> scores, guided by Optuna; knows no model.
+
+Trials are asked in rounds: `Search.ask` gives the coefficients of one round, `Search.tell` takes their outcomes
+in the order asked, and many searches can share one batch of generation between the two. The zero plan is always
+trial 1 of the n. Objectives arrive rounded (`scores.objective`), because ties are the rule and 1e-7 of noise on a
+tie changes what TPE proposes next.
+
+The objective is METHOD 1.3's `w*overlap - (1-w)*min(PPL/100, 1)`, or its two terms kept apart.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import optuna
+
+from fusion_lens.errors import ConfigError, SearchError, one_of
+
+PARAMETRISATIONS = ("coeff", "alpha_gamma")
+OBJECTIVES = ("weighted", "pareto")
+Coeffs = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchConfig:
+    """How to search.
+
+    `parametrisation="coeff"` draws one coefficient per segment from [low, high]; "alpha_gamma" draws the
+    paper's pair per segment from [0.01, 1] and uses the product. `objectives="pareto"` keeps overlap and
+    clipped perplexity apart. `sampler` makes any Optuna sampler from a seed; the default is TPE.
+    """
+
+    trials: int = 30
+    round_size: int = 5
+    seed: int = 0
+    low: float = 0.0
+    high: float = 1.5
+    parametrisation: str = "coeff"
+    objectives: str = "weighted"
+    weight: float = 0.7
+    sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "round_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ConfigError(f"low < high must hold, but got ({self.low=}, {self.high=}).")
+        if not 0.0 <= self.weight <= 1.0:
+            raise ConfigError(f"0 <= weight <= 1 must hold, but got {self.weight=}.")
+        one_of("parametrisation", self.parametrisation, PARAMETRISATIONS)
+        one_of("objectives", self.objectives, OBJECTIVES)
+
+
+class Outcome(Protocol):
+    """What a search has to know of a trial; the rest of the value travels along untouched."""
+
+    @property
+    def objective(self) -> float: ...
+
+    @property
+    def overlap(self) -> float | None: ...
+
+    @property
+    def perplexity(self) -> float | None: ...
+
+
+T = TypeVar("T", bound=Outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial(Generic[T]):
+    """One finished trial; `number` counts from 1, the zero plan."""
+
+    number: int
+    coeffs: Coeffs
+    params: dict[str, float]
+    injected_norm: float
+    outcome: T
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned(Generic[T]):
+    """A search that ended, or was interrupted: its trials, the best of them, and the Pareto front."""
+
+    trials: tuple[Trial[T], ...]
+    best: Trial[T]
+    front: tuple[Trial[T], ...]
+    study: optuna.Study = field(repr=False)
+    interrupted: bool = False
+
+    @property
+    def zero_won(self) -> bool:
+        """Whether nothing beat the unsteered model."""
+        return self.best.number == 1
+
+    @property
+    def tied(self) -> bool:
+        """Whether a trial of other coefficients reached the best objective too."""
+        top = self.best.outcome.objective
+        return sum(trial.outcome.objective == top for trial in self.trials) > 1
+
+
+class Search(Generic[T]):
+    """One search, driven from outside.
+
+    `norm` tells the injected norm of coefficients: ties go to the smaller one, then to the earlier trial.
+    """
+
+    def __init__(
+        self, segments: Sequence[str], config: SearchConfig, norm: Callable[[Coeffs], float]
+    ) -> None:
+        if not segments:
+            raise SearchError("a search must have at least one segment, but got none.")
+        self._segments = tuple(segments)
+        self._config = config
+        self._norm = norm
+        self._trials: list[Trial[T]] = []
+        self._asked: list[tuple[optuna.trial.Trial | None, Coeffs]] = []
+        make_sampler = config.sampler or _tpe
+        directions = ["maximize"] if config.objectives == "weighted" else ["maximize", "minimize"]
+        with _quiet():
+            self._study = optuna.create_study(
+                directions=directions, sampler=make_sampler(config.seed)
+            )
+
+    @property
+    def done(self) -> bool:
+        """Whether all trials have been told."""
+        return len(self._trials) >= self._config.trials
+
+    @property
+    def started(self) -> bool:
+        """Whether at least one trial has been told."""
+        return bool(self._trials)
+
+    def ask(self) -> list[Coeffs]:
+        """The coefficients of the next round; empty when the search is done.
+
+        Raises:
+            SearchError: if the last round has not been told.
+        """
+        if self._asked:
+            raise SearchError("a round must be told before the next is asked; call tell first.")
+        left = self._config.trials - len(self._trials)
+        for _ in range(min(self._config.round_size, left)):
+            first = not self._trials and not self._asked
+            self._asked.append(self._zero() if first else self._draw())
+        return [coeffs for _, coeffs in self._asked]
+
+    def tell(self, outcomes: Sequence[T]) -> None:
+        """The outcomes of the round, in the order asked.
+
+        Raises:
+            SearchError: if their number is not that of the round.
+        """
+        if len(outcomes) != len(self._asked):
+            raise SearchError(
+                "every trial of the round must be told, "
+                f"but got {len(outcomes)} outcomes for {len(self._asked)}."
+            )
+        for (trial, coeffs), outcome in zip(self._asked, outcomes, strict=True):
+            values = self._values(outcome)
+            if trial is None:
+                self._study.add_trial(
+                    optuna.trial.create_trial(values=values, user_attrs={"zero_plan": True})
+                )
+            else:
+                self._study.tell(trial, values)
+            self._trials.append(
+                Trial(
+                    number=len(self._trials) + 1,
+                    coeffs=coeffs,
+                    params=dict(trial.params) if trial is not None else {},
+                    injected_norm=self._norm(coeffs),
+                    outcome=outcome,
+                )
+            )
+        self._asked = []
+
+    def result(self, *, interrupted: bool = False) -> Tuned[T]:
+        """What has been found so far.
+
+        Raises:
+            SearchError: if no trial has been told.
+        """
+        if not self._trials:
+            raise SearchError("a search must have a finished trial to give a result, but has none.")
+        best = min(
+            self._trials, key=lambda t: (-t.outcome.objective, t.injected_norm, t.number)
+        )
+        front = tuple(
+            trial
+            for trial in self._trials
+            if not any(_dominates(other.outcome, trial.outcome) for other in self._trials)
+        )
+        return Tuned(tuple(self._trials), best, front, self._study, interrupted)
+
+    def _zero(self) -> tuple[optuna.trial.Trial | None, Coeffs]:
+        zero = dict.fromkeys(self._segments, 0.0)
+        if self._config.parametrisation == "coeff" and self._config.low <= 0 <= self._config.high:
+            self._study.enqueue_trial(dict(zero))
+            return self._draw()
+        return None, zero
+
+    def _draw(self) -> tuple[optuna.trial.Trial, Coeffs]:
+        trial = self._study.ask()
+        if self._config.parametrisation == "coeff":
+            low, high = self._config.low, self._config.high
+            return trial, {name: trial.suggest_float(name, low, high) for name in self._segments}
+        pairs = {
+            name: (
+                trial.suggest_float(f"{name}.alpha", 0.01, 1.0),
+                trial.suggest_float(f"{name}.gamma", 0.01, 1.0),
+            )
+            for name in self._segments
+        }
+        return trial, {name: alpha * gamma for name, (alpha, gamma) in pairs.items()}
+
+    def _values(self, outcome: T) -> list[float]:
+        if self._config.objectives == "weighted":
+            return [outcome.objective]
+        return list(_pair(outcome))
+
+
+def tune(
+    evaluate: Callable[[list[Coeffs]], Sequence[T]],
+    segments: Sequence[str],
+    norm: Callable[[Coeffs], float],
+    config: SearchConfig | None = None,
+) -> Tuned[T]:
+    """Run one search to its end; an interrupt gives the trials so far (and is raised if there are none)."""
+    search: Search[T] = Search(segments, config or SearchConfig(), norm)
+    while not search.done:
+        try:
+            search.tell(evaluate(search.ask()))
+        except KeyboardInterrupt:
+            if not search.started:
+                raise
+            return search.result(interrupted=True)
+    return search.result()
+
+
+def export_study(
+    tuned: Tuned[Any],
+    storage: str,
+    name: str,
+    attributes: Callable[[Any], Mapping[str, Any]],
+) -> None:
+    """Hand a finished study to an Optuna storage URL at once, `attributes(outcome)` with every trial.
+
+    Raises:
+        SearchError: if the storage cannot be opened or holds a study of that name.
+    """
+    trials = [
+        optuna.trial.create_trial(
+            values=frozen.values,
+            params=frozen.params,
+            distributions=frozen.distributions,
+            user_attrs={**frozen.user_attrs, "coeffs": trial.coeffs, **attributes(trial.outcome)},
+        )
+        for frozen, trial in zip(_finished(tuned.study), tuned.trials, strict=True)
+    ]
+    try:
+        with _quiet():
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=tuned.study.directions
+            )
+            study.add_trials(trials)
+    except Exception as error:  # a storage raises what its driver raises
+        raise SearchError(
+            f"the study {name!r} must be new to a reachable storage, but: {error}"
+        ) from error
+
+
+def _finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def _tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+
+
+def _pair(outcome: Outcome) -> tuple[float, float]:
+    perplexity = outcome.perplexity
+    clipped = 1.0 if perplexity is None else min(perplexity / 100.0, 1.0)
+    return round(outcome.overlap or 0.0, 6), round(clipped, 6)
+
+
+def _dominates(one: Outcome, other: Outcome) -> bool:
+    (overlap, cost), (other_overlap, other_cost) = _pair(one), _pair(other)
+    return (
+        overlap >= other_overlap
+        and cost <= other_cost
+        and (overlap, cost) != (other_overlap, other_cost)
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna's own log lines and experimental notices off, and back as they were."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

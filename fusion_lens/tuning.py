@@ -1,0 +1,410 @@
+"""Questions -> deltas -> tuned plans: the one path that `tune` and `run` share.
+
+The trials that every open search asks for in a round are rows of one generation call, whatever question and arm
+they belong to. Identical completions of a question are scored once, by their tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fusion_lens.activations import record
+from fusion_lens.deltas import Deltas, deltas
+from fusion_lens.errors import (
+    ConfigError,
+    ContextLengthError,
+    SpanError,
+    one_of,
+)
+from fusion_lens.generation import (
+    Completion,
+    GenerationConfig,
+    Row,
+    check_context,
+    generate,
+)
+from fusion_lens.graders import Graded, completion_nll, grade
+from fusion_lens.models import HookedModel
+from fusion_lens.plans import (
+    MEANS,
+    POSITIONS,
+    Plan,
+    Segment,
+    even_segments,
+    full,
+    make_plan,
+    per_layer,
+    thirds,
+)
+from fusion_lens.prompts import (
+    Prompt,
+    Template,
+    explanation_prompt,
+    question_prompt,
+    reference_prompt,
+)
+from fusion_lens.questions import Question
+from fusion_lens.search import Search, SearchConfig, Tuned
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuningConfig:
+    """Everything that decides a tuned plan besides model and question.
+
+    `explanation_tokens` bounds the model's own explanation of the gold answer; `explanation_marker`, where the
+    model writes one, is the text its explanation follows.
+    """
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    template: Template = field(default_factory=Template)
+    mean: str = "question"
+    positions: str = "all"
+    steer_special: bool = False
+    explanation_tokens: int = 48
+    explanation_marker: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("mean", self.mean, MEANS)
+        one_of("positions", self.positions, POSITIONS)
+        if self.explanation_tokens < 0:
+            raise ConfigError(
+                f"explanation_tokens must be 0 or above, but got {self.explanation_tokens}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A question with its steered prompt, its reference text and its deltas."""
+
+    question: Question
+    prompt: Prompt
+    reference: Prompt
+    explanation: str
+    deltas: Deltas
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A question that cannot be steered, and why."""
+
+    question_id: str
+    cause: SpanError | ContextLengthError
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One search: a prepared question, the segments whose coefficients are sought, and the search's name."""
+
+    prepared: Prepared
+    segments: tuple[Segment, ...]
+    arm: str
+
+    def plan(self, coeffs: Mapping[str, float], config: TuningConfig) -> Plan:
+        """The plan of one trial."""
+        return make_plan(
+            self.prepared.deltas,
+            coeffs,
+            self.segments,
+            mean=config.mean,
+            positions=config.positions,
+            steer_special=config.steer_special,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TunedPlan:
+    """A finished search with the plan it chose. `seconds` is its share of the wall time, by rows."""
+
+    job: Job
+    tuned: Tuned[Graded]
+    plan: Plan
+    seconds: float
+
+    @property
+    def best(self) -> Graded:
+        """What the chosen plan wrote, scored."""
+        return self.tuned.best.outcome
+
+    @property
+    def unsteered(self) -> Graded:
+        """What the zero plan wrote, scored."""
+        return self.tuned.trials[0].outcome
+
+
+def prepare(
+    model: HookedModel,
+    questions: Sequence[Question],
+    config: TuningConfig | None = None,
+) -> tuple[list[Prepared], list[Failure]]:
+    """Explanations, prompts and deltas of many questions, in two batched passes.
+
+    A question whose answer is not found in its reference, or whose texts exceed the context, becomes a
+    `Failure`; the others go on.
+    """
+    config = config or TuningConfig()
+    failures: list[Failure] = []
+
+    def kept(stage: Callable[[Question], Prompt], ready: Iterable[Question]) -> dict[str, Prompt]:
+        prompts = {}
+        for question in ready:
+            try:
+                prompts[question.id] = stage(question)
+            except (SpanError, ContextLengthError) as error:
+                failures.append(Failure(question.id, error))
+        return prompts
+
+    def steered(question: Question) -> Prompt:
+        prompt = question_prompt(model, question.question, config.template)
+        check_context(model, prompt, config.generation.max_new_tokens)
+        return prompt
+
+    prompts = kept(steered, questions)
+    explanations = _explanations(model, [q for q in questions if q.id in prompts], config, kept)
+    ready = [question for question in questions if question.id in explanations]
+
+    def reference(question: Question) -> Prompt:
+        prompt = reference_prompt(
+            model, question.question, question.answer, explanations[question.id], config.template
+        )
+        check_context(model, prompt, 0)
+        return prompt
+
+    references = kept(reference, ready)
+    ready = [question for question in ready if question.id in references]
+    recorded = record(
+        model,
+        [references[question.id] for question in ready] + [prompts[question.id] for question in ready],
+    )
+    prepared = [
+        Prepared(
+            question=question,
+            prompt=prompts[question.id],
+            reference=references[question.id],
+            explanation=explanations[question.id],
+            deltas=deltas(reference, base),
+        )
+        for question, reference, base in zip(
+            ready, recorded[: len(ready)], recorded[len(ready) :], strict=True
+        )
+    ]
+    return prepared, failures
+
+
+def prepare_one(
+    model: HookedModel, question: Question, config: TuningConfig | None = None
+) -> Prepared:
+    """The same for one question, raising what `prepare` records.
+
+    Raises:
+        SpanError: if the answer is not found in the reference's tokens.
+        ContextLengthError: if a text exceeds the context.
+    """
+    prepared, failures = prepare(model, [question], config)
+    if failures:
+        raise failures[0].cause
+    return prepared[0]
+
+
+def tune_jobs(
+    model: HookedModel,
+    jobs: Sequence[Job],
+    config: TuningConfig,
+    *,
+    progress: Progress | None = None,
+) -> tuple[list[TunedPlan], bool]:
+    """Run many searches side by side; the second value tells whether an interrupt ended them early.
+
+    A search that was interrupted before its first round has no result and is left out.
+    """
+    searches: list[Search[Graded]] = [_search(job, config) for job in jobs]
+    seconds = [0.0] * len(jobs)
+    scored: dict[tuple[str, tuple[int, ...]], Graded] = {}
+    total = len(jobs) * config.search.trials
+    told = 0
+    interrupted = False
+    try:
+        while not all(search.done for search in searches):
+            began = time.perf_counter()
+            asked = [search.ask() for search in searches]
+            rows = [
+                Row(job.prepared.prompt, job.plan(coeffs, config), seed=_seed(config, job, "row"))
+                for job, coeffs_list in zip(jobs, asked, strict=True)
+                for coeffs in coeffs_list
+            ]
+            done = told
+            completions = generate(
+                model,
+                rows,
+                config.generation,
+                progress=(lambda n: progress("trials", done + n, total)) if progress else None,
+            )
+            owners = [job for job, batch in zip(jobs, asked, strict=True) for _ in batch]
+            outcomes = iter(_grade(model, owners, completions, scored, config))
+            share = (time.perf_counter() - began) / max(len(rows), 1)
+            for i, (search, coeffs_list) in enumerate(zip(searches, asked, strict=True)):
+                search.tell([next(outcomes) for _ in coeffs_list])
+                seconds[i] += share * len(coeffs_list)
+            told += len(rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    return [
+        _chosen(job, search.result(interrupted=interrupted), spent, config)
+        for job, search, spent in zip(jobs, searches, seconds, strict=True)
+        if search.started
+    ], interrupted
+
+
+def tune(
+    model: HookedModel,
+    question: Question | str,
+    answer: str | None = None,
+    *,
+    segments: str | int | Sequence[Segment] = "thirds",
+    config: TuningConfig | None = None,
+    progress: Progress | None = None,
+) -> TunedPlan:
+    """Tune one question's plan: coefficients per segment that make the model say the answer, fluently.
+
+    An interrupt gives the trials so far (`tuned.interrupted`) and leaves the model without hooks.
+
+    Raises:
+        QuestionError: if question or answer is empty.
+        SpanError: if the answer is not found in the reference's tokens.
+        ContextLengthError: if a text exceeds the context.
+        KeyboardInterrupt: if interrupted before the first round ended.
+    """
+    config = config or TuningConfig()
+    if isinstance(question, str):
+        question = Question(id="question", question=question, answer=answer or "")
+    elif answer is not None:
+        question = replace(question, answer=answer)
+    parts = make_segments(segments, int(model.cfg.n_layers))
+    job = Job(prepare_one(model, question, config), parts, "tuned")
+    tuned, interrupted = tune_jobs(model, [job], config, progress=progress)
+    if not tuned and interrupted:
+        raise KeyboardInterrupt
+    return tuned[0]
+
+
+def make_segments(
+    segments: str | int | Sequence[Segment], n_layers: int
+) -> tuple[Segment, ...]:
+    """`"full"`, `"thirds"`, `"layers"`, a number of even segments, or segments as they are.
+
+    Raises:
+        ConfigError: if the name is unknown.
+        PlanError: if there are fewer layers than segments.
+    """
+    if isinstance(segments, int):
+        return even_segments(n_layers, segments)
+    if isinstance(segments, str):
+        named = {"full": full, "thirds": thirds, "layers": per_layer}
+        return named[one_of("segments", segments, tuple(named))](n_layers)
+    return tuple(segments)
+
+
+def grade_rows(
+    model: HookedModel,
+    questions: Sequence[tuple[Question, Prompt]],
+    completions: Sequence[Completion],
+    config: TuningConfig,
+) -> list[Graded]:
+    """Score completions of (question, prompt) pairs."""
+    nlls = completion_nll(
+        model,
+        [(prompt, completion) for (_, prompt), completion in zip(questions, completions, strict=True)],
+        batch_size=config.generation.batch_size,
+    )
+    return [
+        grade(question, completion, nll, weight=config.search.weight)
+        for (question, _), completion, nll in zip(questions, completions, nlls, strict=True)
+    ]
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on nothing but its parts: not on order, limit or neighbours."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _explanations(
+    model: HookedModel,
+    questions: Sequence[Question],
+    config: TuningConfig,
+    kept: Callable[[Callable[[Question], Prompt], Iterable[Question]], dict[str, Prompt]],
+) -> dict[str, str]:
+    given = {q.id: q.explanation for q in questions if q.explanation is not None}
+    if config.explanation_tokens == 0:
+        return {q.id: given.get(q.id, "") for q in questions}
+
+    def explain(question: Question) -> Prompt:
+        prompt = explanation_prompt(model, question.question, question.answer, config.template)
+        check_context(model, prompt, config.explanation_tokens)
+        return prompt
+
+    prompts = kept(explain, [question for question in questions if question.id not in given])
+    written = generate(
+        model,
+        [Row(prompt) for prompt in prompts.values()],
+        replace(config.generation, max_new_tokens=config.explanation_tokens, temperature=0.0),
+    )
+    own = {
+        name: _after_marker(completion.text, config.explanation_marker)
+        for name, completion in zip(prompts, written, strict=True)
+    }
+    return given | own
+
+
+def _after_marker(text: str, marker: str | None) -> str:
+    if marker is None:
+        return text.strip()
+    return text.partition(marker)[2].strip()
+
+
+def _search(job: Job, config: TuningConfig) -> Search[Graded]:
+    return Search(
+        [segment.name for segment in job.segments],
+        replace(config.search, seed=_seed(config, job, "sampler")),
+        lambda coeffs: job.plan(coeffs, config).injected_norm,
+    )
+
+
+def _seed(config: TuningConfig, job: Job, purpose: str) -> int:
+    return seed_of(config.search.seed, job.prepared.question.id, job.arm, purpose)
+
+
+def _grade(
+    model: HookedModel,
+    owners: Sequence[Job],
+    completions: Sequence[Completion],
+    scored: dict[tuple[str, tuple[int, ...]], Graded],
+    config: TuningConfig,
+) -> list[Graded]:
+    keys = [
+        (job.prepared.question.id, completion.tokens)
+        for job, completion in zip(owners, completions, strict=True)
+    ]
+    new = {
+        key: (job.prepared, completion)
+        for key, job, completion in zip(keys, owners, completions, strict=True)
+        if key not in scored
+    }
+    graded = grade_rows(
+        model,
+        [(prepared.question, prepared.prompt) for prepared, _ in new.values()],
+        [completion for _, completion in new.values()],
+        config,
+    )
+    scored.update(zip(new, graded, strict=True))
+    return [scored[key] for key in keys]
+
+
+def _chosen(job: Job, tuned: Tuned[Graded], seconds: float, config: TuningConfig) -> TunedPlan:
+    return TunedPlan(job, tuned, job.plan(tuned.best.coeffs, config), seconds)
