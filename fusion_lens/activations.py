@@ -1,8 +1,8 @@
 """Prompts -> one mean residual vector per layer, in one batched pass.
 
-Only `blocks.l.hook_resid_post` is hooked, and pooled inside the hook, so that a pass over many prompts keeps
-"batch layer d_model" and nothing else. Means are over a prompt's span without special tokens: a BOS residual
-is 2x to orders of magnitude larger than the rest and would dominate.
+Only `blocks.l.hook_resid_post` is hooked, and pooled inside the hook, so that a pass over many
+prompts keeps "batch layer d_model" and nothing else. Means are over a prompt's span without special
+tokens: a BOS residual is 2x to orders of magnitude larger than the rest and would dominate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from fusion_lens.prompts import Layout, Prompt
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """The mean residual stream of one prompt after every block, float32 or the model's wider dtype."""
+    """The mean residual stream of one prompt after every block, float32 or the model's wider
+    dtype."""
 
     mean: Float[Tensor, "layer d_model"]
     layout: Layout
@@ -64,7 +65,8 @@ def record(
     for prompt in prompts:
         if not prompt.pooled:
             raise SpanError(
-                f"a prompt must have a token to pool over, but {prompt.text!r} has only special ones."
+                "a prompt must have a token to pool over, "
+                f"but {prompt.text!r} has only special ones."
             )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     pooled: dict[int, Tensor] = {}
@@ -82,7 +84,8 @@ def record(
 def activations_from_cache(
     cache: Any, *, span: tuple[int, int], row: int = 0, special: Sequence[int] = ()
 ) -> Activations:
-    """Pool a TransformerLens `ActivationCache` over the half-open token range `span`, without `special`.
+    """Pool a TransformerLens `ActivationCache` over the half-open token range `span`, without
+    `special`.
 
     Raises:
         SpanError: if the range holds no token.

@@ -1,7 +1,8 @@
 """Reference activations minus base activations, layer by layer, with algebra.
 
-`Deltas` keeps both means: a plan with `mean="sequence"` needs the reference itself, and pictures show both.
-The algebra is that of the pair, so `(d - d).vectors == 0` and `(-d) * -2 == 2 * d` hold exactly.
+`Deltas` keeps both means: a plan with `mean="sequence"` needs the reference itself, and pictures
+show both. The algebra is that of the pair, so `(d - d).vectors == 0` and `(-d) * -2 == 2 * d` hold
+exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fusion_lens.prompts import Layout
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deltas:
-    """`reference` and `base` means of one question; `layout` is that of the base prompt, the one to steer."""
+    """`reference` and `base` means of one question; `layout` is that of the base prompt, the one to
+    steer."""
 
     reference: Float[Tensor, "layer d_model"]
     base: Float[Tensor, "layer d_model"]
@@ -48,7 +50,8 @@ class Deltas:
     @property
     def norms(self) -> Float[Tensor, " layer"]:
         """The Euclidean norm of every layer's vector."""
-        return self.vectors.norm(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self.vectors, dim=-1)
+        return norms
 
     def __add__(self, other: Deltas) -> Deltas:
         _require_same_model(self.model, other.model)
@@ -60,7 +63,7 @@ class Deltas:
     def __neg__(self) -> Deltas:
         return self * -1.0
 
-    def __mul__(self, factor: float) -> Deltas:
+    def __mul__(self, factor: float | int) -> Deltas:
         return self._like(self.reference * factor, self.base * factor)
 
     __rmul__ = __mul__
@@ -69,16 +72,15 @@ class Deltas:
         return Deltas(reference=reference, base=base, layout=self.layout, model=self.model)
 
 
-def deltas(reference: Activations, base: Activations) -> Deltas:
-    """Subtract what the model does on the steered prompt (`base`) from what it does on the reference.
+def make_deltas(reference: Activations, base: Activations) -> Deltas:
+    """Subtract what the model does on the steered prompt (`base`) from what it does on the
+    reference.
 
     Raises:
         ActivationError: if the two come from different models.
     """
     _require_same_model(reference.model, base.model)
-    return Deltas(
-        reference=reference.mean, base=base.mean, layout=base.layout, model=base.model
-    )
+    return Deltas(reference=reference.mean, base=base.mean, layout=base.layout, model=base.model)
 
 
 def deltas_from_caches(
@@ -89,8 +91,9 @@ def deltas_from_caches(
     base_span: tuple[int, int],
     special: tuple[int, ...] = (),
 ) -> Deltas:
-    """The same from two TransformerLens `ActivationCache`s; `special` are the base prompt's special positions."""
-    return deltas(
+    """The same from two TransformerLens `ActivationCache`s; `special` are the base prompt's special
+    positions."""
+    return make_deltas(
         activations_from_cache(reference, span=reference_span),
         activations_from_cache(base, span=base_span, special=special),
     )

@@ -1,7 +1,8 @@
 """Every exception of the package.
 
-Each message says what must hold, what was got and what to do. Each class also derives from the builtin it
-refines and carries the data a caller may want to branch on. Knows nothing of models or tensors.
+Each message says what must hold, what was got and what to do. Each class also derives from the
+builtin it refines and carries the data a caller may want to branch on. Knows nothing of models or
+tensors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The loop over questions and arms; composes the stages and their configs.
 
-Arms so far: `baseline` (one greedy run of the steered prompt, unsteered), `full` (one coefficient for all layers)
-and `segmented` (one per segment). Questions are taken in blocks, so that memory does not grow with their number;
-all rounds of a block share one batch.
+Arms so far: `baseline` (one greedy run of the steered prompt, unsteered), `full` (one coefficient
+for all layers) and `segmented` (one per segment). Questions are taken in blocks, so that memory
+does not grow with their number; all rounds of a block share one batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusion_lens.graders import Graded
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Segment
-from fusion_lens.questions import Question
+from fusion_lens.questions import Question, questions_digest
 from fusion_lens.results import (
     SCHEMA_VERSION,
     Provenance,
@@ -42,6 +42,7 @@ from fusion_lens.tuning import (
     Progress,
     TunedPlan,
     TuningConfig,
+    export_tuned,
     grade_rows,
     make_segments,
     prepare,
@@ -54,12 +55,17 @@ METRICS = ("exact_match", "overlap", "objective", "nll", "perplexity", "distinct
 
 @dataclass(frozen=True, slots=True)
 class ExperimentConfig:
-    """What to run on every question. `segments` divides the layers of the segmented arm."""
+    """What to run on every question.
+
+    `segments` divides the layers of the segmented arm; `storage` is an Optuna storage URL that gets
+    every finished study, named `<question id>/<arm>`.
+    """
 
     arms: tuple[str, ...] = ARMS
     segments: str | int = "thirds"
     tuning: TuningConfig = field(default_factory=TuningConfig)
     block_size: int = 64
+    storage: str | None = None
 
     def __post_init__(self) -> None:
         if not self.arms or len(set(self.arms)) != len(self.arms):
@@ -80,8 +86,9 @@ def run(
 ) -> Results:
     """Tune and score every question under every arm; with `out`, write the run there.
 
-    A question that cannot be steered (`SpanError`, `ContextLengthError`) is listed under `failures` in the summary
-    and the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
+    A question that cannot be steered (`SpanError`, `ContextLengthError`) is listed under `failures`
+    in the summary and the run goes on. An interrupt keeps what was finished; the summary then says
+    `interrupted`.
 
     Raises:
         ConfigError: if two questions share an id.
@@ -125,11 +132,15 @@ def run(
                 for plan in tuned:
                     path = plan_path(folder, plan.job.prepared.question.id, plan.job.arm)
                     save_plan(plan.plan, path)
+            if config.storage is not None:
+                for plan in tuned:
+                    name = f"{plan.job.prepared.question.id}/{plan.job.arm}"
+                    export_tuned(plan, config.storage, name)
             if interrupted:
                 break
     except KeyboardInterrupt:
         interrupted = True
-    summary = _summary(identity, config, records, failures)
+    summary = _summary(identity, config, questions, records, failures)
     summary |= {
         "delta_norms": norms,
         "interrupted": interrupted,
@@ -210,12 +221,17 @@ def _result(question: Question, arm: str, graded: Graded, seconds: float) -> Res
 def _summary(
     identity: ModelIdentity,
     config: ExperimentConfig,
+    questions: Sequence[Question],
     records: Sequence[Result],
     failures: Sequence[Failure],
 ) -> dict[str, Any]:
     seed = config.tuning.search.seed
     provenance = Provenance.of(
-        identity, seed=seed, settings=_settings(config), threads=torch.get_num_threads()
+        identity,
+        seed=seed,
+        questions_sha256=questions_digest(questions),
+        settings=_settings(config),
+        threads=torch.get_num_threads(),
     )
     return {
         "schema_version": SCHEMA_VERSION,
@@ -254,9 +270,7 @@ def _arm(records: Sequence[Result], seed: int) -> dict[str, Any]:
     return arm
 
 
-def _interval(
-    name: str, values: list[float | None], clusters: list[str], seed: int
-) -> Interval:
+def _interval(name: str, values: list[float | None], clusters: list[str], seed: int) -> Interval:
     if name != "perplexity":
         return cluster_bootstrap(values, clusters, seed=seed)
     # a mean of perplexities is the mean of its outliers: exponentiate the mean of the logarithms
@@ -274,6 +288,8 @@ def _settings(config: ExperimentConfig) -> dict[str, Any]:
     settings = asdict(config)
     sampler = config.tuning.search.sampler
     settings["tuning"]["search"]["sampler"] = "TPE" if sampler is None else repr(sampler)
+    # a storage URL may hold a password
+    settings["storage"] = config.storage is not None
     return settings
 
 

@@ -1,8 +1,8 @@
 """Rows of (prompt, plan) -> completions, many rows at once, each steered by its own plan.
 
-Rows are sorted by prompt length, left-padded, masked and KV cached; a batch keeps its shape to its end, so that
-a row's numbers do not depend on which neighbour finished first. Rows with a sequence mean are run without a
-cache. `Completion.text` never holds the prompt.
+Rows are sorted by prompt length, left-padded, masked and KV cached; a batch keeps its shape to its
+end, so that a row's numbers do not depend on which neighbour finished first. Rows with a sequence
+mean are run without a cache. `Completion.text` never holds the prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from fusion_lens.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One text to write: a prompt, the plan that steers it (None: unsteered), and the seed of its samples."""
+    """One text to write: a prompt, the plan that steers it (None: unsteered), and the seed of its
+    samples."""
 
     prompt: Prompt
     plan: Plan | None = None
@@ -40,7 +41,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """How to decode. Temperature 0 is greedy; above it, each row draws from a generator of its own seed."""
+    """How to decode. Temperature 0 is greedy; above it, each row draws from a generator of its own
+    seed."""
 
     max_new_tokens: int = 48
     temperature: float = 0.0
@@ -59,7 +61,8 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a row wrote: text without the prompt and special tokens; tokens with end-of-text, if it `ended`."""
+    """What a row wrote: text without the prompt and special tokens; tokens with end-of-text, if it
+    `ended`."""
 
     text: str
     tokens: tuple[int, ...] = field(repr=False)
@@ -96,9 +99,7 @@ def generate(
             ]
             cached = config.use_cache and not kind
             tokens = _run_batch(model, [rows[i] for i in batch], config, cached)
-            done.update(
-                (i, _completion(model, row)) for i, row in zip(batch, tokens, strict=True)
-            )
+            done.update((i, _completion(model, row)) for i, row in zip(batch, tokens, strict=True))
             if progress is not None:
                 progress(len(done))
     return [done[i] for i in range(len(rows))]

@@ -1,7 +1,8 @@
 """Scores that need a model: how fluent a completion is, and everything measured on one trial.
 
-Fluency is the mean negative log-likelihood per completion token given the prompt, end-of-text included where it
-was generated, under the *unsteered* model; perplexity is its exponential, unclipped (METHOD 1.3).
+Fluency is the mean negative log-likelihood per completion token given the prompt, end-of-text
+included where it was generated, under the *unsteered* model; perplexity is its exponential,
+unclipped (METHOD 1.3).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Graded:
 def grade(
     question: Question, completion: Completion, nll: float | None, *, weight: float = 0.7
 ) -> Graded:
-    """Score one completion against its gold answer. An unscored overlap counts 0 in the objective alone."""
+    """Score one completion against its gold answer. An unscored overlap counts 0 in the objective
+    alone."""
     overlap = token_overlap(completion.text, question.answer)
     perplexity = None if nll is None else math.exp(nll)
     return Graded(

@@ -1,8 +1,8 @@
 """Plans become hooks on a model; nothing is left behind.
 
-Positions are absolute: position t of a row is counted from its first token, never from the start of the current
-pass ("skip when the length is 1" and "last position only" break under a KV cache, METHOD 7). A hook therefore
-has to know the offset of the pass it sees.
+Positions are absolute: position t of a row is counted from its first token, never from the start of
+the current pass ("skip when the length is 1" and "last position only" break under a KV cache,
+METHOD 7). A hook therefore has to know the offset of the pass it sees.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ HookFn = Callable[..., Any]
 
 @dataclass(slots=True)
 class Cursor:
-    """Where the current pass starts, in padded positions; None: not told, so a pass is a whole sequence."""
+    """Where the current pass starts, in padded positions; None: not told, so a pass is a whole
+    sequence."""
 
     offset: int | None = None
 
@@ -37,17 +38,19 @@ class Cursor:
 def fwd_hooks(
     plan: Plan, *, prompt: Prompt | Layout | None = None, offset: int | None = None
 ) -> list[tuple[str, HookFn]]:
-    """TransformerLens' list of (hook_name, function) for one plan, beside any hooks of the user's own.
+    """TransformerLens' list of (hook_name, function) for one plan, beside any hooks of the user's
+    own.
 
-    For `run_with_hooks`, `run_with_cache` and `hooks()`, on unpadded rows that all get the same plan. `prompt`
-    is the prompt that is run if it is not the one the plan was made for (its length and special tokens decide
-    which positions are meant). In a loop with a KV cache, give the `offset` of every pass: the number of
-    positions already cached. Without it, a pass is a whole sequence; only a single token that can be no
-    prompt is taken as a continuation, and only where every position is steered.
+    For `run_with_hooks`, `run_with_cache` and `hooks()`, on unpadded rows that all get the same
+    plan. `prompt` is the prompt that is run if it is not the one the plan was made for (its length
+    and special tokens decide which positions are meant). In a loop with a KV cache, give the
+    `offset` of every pass: the number of positions already cached. Without it, a pass is a whole
+    sequence; only a single token that can be no prompt is taken as a continuation, and only where
+    every position is steered.
 
     Raises:
-        PlanError: from the hook, if a position-limited or sequence-mean plan sees a pass shorter than its
-            prompt without an offset, or if the residual has another width than the plan.
+        PlanError: from the hook, if a position-limited or sequence-mean plan sees a pass shorter
+        than its prompt without an offset, or if the residual has another width than the plan.
     """
     if isinstance(prompt, Prompt):
         prompt = prompt.layout
@@ -66,7 +69,8 @@ def batch_hooks(
 def steering(
     model: HookedModel, plan: Plan, *, prompt: Prompt | Layout | None = None
 ) -> Iterator[HookedModel]:
-    """Run the body with `plan` on `model`, checked against it first; the hooks go when it ends, however it ends.
+    """Run the body with `plan` on `model`, checked against it first; the hooks go when it ends,
+    however it ends.
 
     Raises:
         PlanError: if the plan belongs to another model.
@@ -96,7 +100,8 @@ def hooked(model: HookedModel, hooks: list[tuple[str, HookFn]]) -> Iterator[None
 class _Group:
     """All first (second, ...) steps of a batch that act alike: one tensor for all rows and layers.
 
-    `active[row, layer]` tells whether the row has such a step on that layer. `tensor` is the shift, or with
+    `active[row, layer]` tells whether the row has such a step on that layer. `tensor` is the shift,
+    or with
     `mean="sequence"` the reference.
     """
 
@@ -115,9 +120,7 @@ class _Batch:
     groups: list[_Group]
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def mask(
-        self, group: _Group, resid: Tensor, *, present: bool
-    ) -> Bool[Tensor, "rows pos"]:
+    def mask(self, group: _Group, resid: Tensor, *, present: bool) -> Bool[Tensor, "rows pos"]:
         """Which positions of this pass are steered, or with `present` enter a sequence mean."""
         offset = self._offset(group, resid.shape[1])
         key = (group.positions, group.steer_special, present, offset, resid.shape[1])
@@ -132,17 +135,17 @@ class _Batch:
         if self.cursor.offset is not None:
             if group.mean == "sequence" and self.cursor.offset > 0:
                 raise PlanError(
-                    'a plan with mean="sequence" needs the whole sequence in every pass, but got an '
-                    f"offset of {self.cursor.offset}; run it without a KV cache."
+                    'a plan with mean="sequence" needs the whole sequence in every pass, '
+                    f"but got an offset of {self.cursor.offset}; run it without a KV cache."
                 )
             return self.cursor.offset
         layout = max(self.layouts, key=lambda layout: layout.length)
         limited = group.positions != "all" or group.mean == "sequence"
         if limited and length < layout.length:
             raise PlanError(
-                f"a position-limited plan needs the offset of a pass of {length} tokens, shorter than its "
-                f"prompt of {layout.length}; give offset= (the number of cached positions), or prompt= "
-                "for another prompt."
+                f"a position-limited plan needs the offset of a pass of {length} tokens, shorter "
+                f"than its prompt of {layout.length}; give offset= (the number of cached "
+                "positions), or prompt= for another prompt."
             )
         leading = next((t for t in range(layout.length) if t not in layout.special), 0)
         return layout.length if length <= leading else 0

@@ -1,7 +1,10 @@
-"""The only door to TransformerLens: open a model, name its hooks, tell which model it is, run one pass.
+"""The only door to TransformerLens: open a model, name its hooks, tell which model it is, run one
+pass.
 
-Anything with TransformerLens hook points is accepted as it is: a `TransformerBridge` (3.x, 4.x) or the older
-`HookedTransformer`. `load_model` opens a bridge with unprocessed weights, the basis of Hugging Face.
+Anything with TransformerLens hook points is accepted as it is: a `TransformerBridge` (3.x, 4.x) or
+the older
+`HookedTransformer`. `load_model` opens a bridge with unprocessed weights, the basis of Hugging
+Face.
 """
 
 from __future__ import annotations
@@ -48,10 +51,11 @@ class HookedModel(Protocol):
 class ModelIdentity:
     """Which model a tensor belongs to.
 
-    `weights` is a SHA-256 over all parameters rounded to bfloat16 (so that one checkpoint opened in two
-    precisions stays one model; of a parameter above a million elements an even sample), `embedding` the same
-    over the token embedding alone, the one matrix both wrappers store alike. `processing` is "unprocessed" or
-    "processed" (folded or centred by TransformerLens: another basis of the residual stream).
+    `weights` is a SHA-256 over all parameters rounded to bfloat16 (so that one checkpoint opened in
+    two precisions stays one model; of a parameter above a million elements an even sample),
+    `embedding` the same over the token embedding alone, the one matrix both wrappers store alike.
+    `processing` is "unprocessed" or "processed" (folded or centred by TransformerLens: another
+    basis of the residual stream).
     """
 
     name: str
@@ -88,46 +92,39 @@ def load_model(
 ) -> HookedModel:
     """Open a model as a `TransformerBridge` with unprocessed weights.
 
-    None is Atlas, the model that ships with the package; else a local checkpoint folder or a hub name.
+    None is Atlas, the model that ships with the package; else a local checkpoint folder or a hub
+    name.
 
     Raises:
         ModelError: if it cannot be found or opened, or `dtype` is no floating torch dtype.
     """
-    source = str(CHECKPOINT if name_or_path is None else name_or_path)
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ModelError(f"dtype must be a floating torch dtype such as float32, but got {dtype!r}.")
-    if Path(source).exists() and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"{source} must be a checkpoint folder with a config.json; it has none.")
+        raise ModelError(
+            f"dtype must be a floating torch dtype such as float32, but got {dtype!r}."
+        )
+    source = _resolve(str(CHECKPOINT if name_or_path is None else name_or_path), revision)
 
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
     try:
-        if Path(source).exists():
-            transformers_logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = TransformerBridge.boot_transformers(
-            source,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=torch_dtype,
-            revision=revision,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with _no_bars(local=Path(source).is_dir()):
+            model = TransformerBridge.boot_transformers(
+                source,
+                tokenizer=AutoTokenizer.from_pretrained(source, revision=revision),
+                device=device,
+                dtype=torch_dtype,
+                revision=revision,
+                trust_remote_code=False,
+            )
+    except Exception as error:  # transformers and safetensors raise what they like on a bad folder
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{source} must be a checkpoint folder or a reachable hub name, but: {reason[0]}"
+            f"{name_or_path} must be a usable checkpoint folder or hub name, but: {reason[0]}"
         ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     model.train(False)
-    if name_or_path is None:
-        model.cfg.model_name = "atlas"
+    model.cfg.model_name = "atlas" if name_or_path is None else Path(str(name_or_path)).name
     return model  # type: ignore[no-any-return]
 
 
@@ -222,6 +219,49 @@ def forward(
     else:
         logits = _bridge_forward(model, tokens, mask, cache, last_only)
     return logits[:, -1:] if last_only else logits
+
+
+def _resolve(source: str, revision: str | None) -> str:
+    """A folder as it is; a hub name as it is, or its cached folder where the hub is out of
+    reach."""
+    if Path(source).exists():
+        if not (Path(source) / "config.json").is_file():
+            raise ModelError(f"{source} must be a checkpoint folder, but it has no config.json.")
+        return source
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source} must be an existing checkpoint folder, but there is none.")
+
+    import huggingface_hub
+
+    try:
+        # one attempt: transformers itself would retry for most of a minute
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        return source
+    except Exception as unreachable:
+        try:
+            return huggingface_hub.snapshot_download(
+                source, revision=revision, local_files_only=True
+            )
+        except Exception:
+            raise ModelError(
+                f"{source} must be a checkpoint folder or a model of a reachable hub or its cache; "
+                f"there is none, and the hub gave {type(unreachable).__name__}."
+            ) from unreachable
+
+
+@contextmanager
+def _no_bars(*, local: bool) -> Iterator[None]:
+    """Without transformers' loading bars, for folders that open in a blink."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _bridge_forward(

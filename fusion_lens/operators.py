@@ -1,7 +1,7 @@
 """How a residual is changed: pure tensor maths, no model, no positions.
 
-`where` rather than a product with a mask: outside the mask the output *is* the input, bit for bit, -0.0 and NaN
-included. Source of both formulas: Fusion Steering (arXiv 2505.22572), METHOD 1.2.
+`where` rather than a product with a mask: outside the mask the output *is* the input, bit for bit,
+-0.0 and NaN included. Source of both formulas: Fusion Steering (arXiv 2505.22572), METHOD 1.2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def add(
     shift: Float[Tensor, "#batch d_model"],
     mask: Bool[Tensor, "#batch pos"],
 ) -> Float[Tensor, "batch pos d_model"]:
-    """`a + shift` where the mask holds, `a` elsewhere; a constant shift, so a KV cache stays valid."""
+    """`a + shift` where the mask holds, `a` elsewhere; a constant shift, so a KV cache stays
+    valid."""
     return torch.where(mask[..., None], resid + shift[:, None].to(resid), resid)
 
 
@@ -28,7 +29,8 @@ def mean_shift(
     present: Bool[Tensor, "#batch pos"],
     mask: Bool[Tensor, "#batch pos"],
 ) -> Float[Tensor, "batch pos d_model"]:
-    """`a + coeff*(h - m)` where the mask holds; `m` is the mean of this very `a` over the present positions.
+    """`a + coeff*(h - m)` where the mask holds; `m` is the mean of this very `a` over the present
+    positions.
 
     The mean needs the whole sequence: a KV cache would hide most of it.
     """

@@ -1,14 +1,14 @@
 """A plan <-> one safetensors file: tensors in float32 or wider, everything else as JSON metadata.
 
-safetensors has no checksum (flipped bits load silently), so the metadata carries a SHA-256 over the tensors, and
-a second one over the JSON itself. A file is written beside its place and moved there, never half.
+safetensors has no checksum (flipped bits load silently), so the metadata carries a SHA-256 over the
+tensors, and a second one over the JSON itself. A file is written beside its place and moved there,
+never half.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +62,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(save(tensors, metadata=metadata))
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
         raise OutputError(path, error.strerror or str(error)) from error
 

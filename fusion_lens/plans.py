@@ -1,16 +1,18 @@
 """What to do where, and how strongly: data only.
 
-A plan is an ordered list of steps; a step is one question's deltas, a division of the layers into segments, a
-coefficient per segment, and at which positions. With `mean="question"` a step adds
-`shift[l] = coeff[segment(l)] * (h[l] - mu[l])`, a constant; with `mean="sequence"` it is the hook of Fusion
-Steering's authors, `coeff * (h[l] - m[l])` with `m` the mean over the sequence as it stands (arXiv 2505.22572,
-METHOD 1.2). The authors' (alpha, gamma) act only through their product: that product is the coefficient.
+A plan is an ordered list of steps; a step is one question's deltas, a division of the layers into
+segments, a coefficient per segment, and at which positions. With `mean="question"` a step adds
+`shift[l] = coeff[segment(l)] * (h[l] - mu[l])`, a constant; with `mean="sequence"` it is the hook
+of Fusion Steering's authors, `coeff * (h[l] - m[l])` with `m` the mean over the sequence as it
+stands (arXiv 2505.22572, METHOD 1.2). The authors' (alpha, gamma) act only through their product:
+that product is the coefficient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,9 +46,9 @@ class Segment:
 class Step:
     """One injection.
 
-    `positions`: "prompt" is everything before the last prompt token, "completion" the last prompt token and
-    all after it (the positions whose logits write the completion), "all" both. Special tokens of the prompt
-    are left alone unless `steer_special`.
+    `positions`: "prompt" is everything before the last prompt token, "completion" the last prompt
+    token and all after it (the positions whose logits write the completion), "all" both. Special
+    tokens of the prompt are left alone unless `steer_special`.
     """
 
     deltas: Deltas
@@ -125,10 +127,11 @@ class Plan:
 
     @property
     def needs_sequence(self) -> bool:
-        """Whether a step recomputes its mean on the whole sequence, so that no KV cache may be used."""
+        """Whether a step recomputes its mean on the whole sequence, so that no KV cache may be
+        used."""
         return any(step.mean == "sequence" for step in self.steps)
 
-    def __mul__(self, factor: float) -> Plan:
+    def __mul__(self, factor: float | int) -> Plan:
         return Plan(
             tuple(
                 replace(step, coeffs=tuple(coeff * factor for coeff in step.coeffs))
@@ -158,7 +161,8 @@ def full(n_layers: int) -> tuple[Segment, ...]:
 
 
 def thirds(n_layers: int) -> tuple[Segment, ...]:
-    """The paper's early, middle and late; as even as possible, the longer ones first (26: 9, 9, 8)."""
+    """The paper's early, middle and late; as even as possible, the longer ones first (26: 9, 9,
+    8)."""
     parts = even_segments(n_layers, 3)
     names = ("early", "middle", "late")
     return tuple(replace(part, name=name) for part, name in zip(parts, names, strict=True))
@@ -183,14 +187,13 @@ def even_segments(n_layers: int, n_segments: int) -> tuple[Segment, ...]:
     short, longer = divmod(n_layers, n_segments)
     stops = [short * i + min(i, longer) for i in range(n_segments + 1)]
     return tuple(
-        Segment(f"segment_{i}", start, stop)
-        for i, (start, stop) in enumerate(zip(stops, stops[1:], strict=False))
+        Segment(f"segment_{i}", start, stop) for i, (start, stop) in enumerate(pairwise(stops))
     )
 
 
 def make_plan(
     deltas: Deltas,
-    coeffs: float | Sequence[float] | Mapping[str, float],
+    coeffs: float | int | Sequence[float] | Mapping[str, float],
     segments: Sequence[Segment] | None = None,
     *,
     mean: str = "question",

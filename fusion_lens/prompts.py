@@ -1,7 +1,7 @@
 """A question -> text and tokens, and which tokens are the answer.
 
-Texts are those of Fusion Steering (arXiv 2505.22572), as METHOD 1.1 and 1.3 restate them. Special tokens are
-found by id and shown (`Prompt.special`), never guessed from a position.
+Texts are those of Fusion Steering (arXiv 2505.22572), as METHOD 1.1 and 1.3 restate them. Special
+tokens are found by id and shown (`Prompt.special`), never guessed from a position.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Layout:
 class Prompt:
     """A text as the model reads it.
 
-    `span` is the half-open token range that is pooled over (None: the whole prompt), `str_tokens` the text of
-    every token, BOS included if there is one.
+    `span` is the half-open token range that is pooled over (None: the whole prompt), `str_tokens`
+    the text of every token, BOS included if there is one.
     """
 
     text: str
@@ -51,8 +51,9 @@ class Prompt:
 class Template:
     """The texts around a question.
 
-    `prepend_bos=None` does what TransformerLens does for the model (`cfg.default_prepend_bos`). With `chat`,
-    the tokenizer's chat template wraps the bare question and the answer follows its generation prompt.
+    `prepend_bos=None` does what TransformerLens does for the model (`cfg.default_prepend_bos`).
+    With `chat`, the tokenizer's chat template wraps the bare question and the answer follows its
+    generation prompt.
     """
 
     question: str = "Question: {question}\nAnswer and explanation:"
@@ -76,7 +77,11 @@ class Template:
 
 
 def tokenize(
-    model: HookedModel, text: str, *, prepend_bos: bool | None = None, chars: tuple[int, int] | None = None
+    model: HookedModel,
+    text: str,
+    *,
+    prepend_bos: bool | None = None,
+    chars: tuple[int, int] | None = None,
 ) -> Prompt:
     """Tokenize `text`; `chars` is a half-open character range that becomes the prompt's token span.
 
@@ -103,7 +108,9 @@ def tokenize(
     special_ids = set(tokenizer.all_special_ids) - content
     span = None
     if chars is not None:
-        covering = [i for i, (s, e) in enumerate(offsets) if e > s and e > chars[0] and s < chars[1]]
+        covering = [
+            i for i, (s, e) in enumerate(offsets) if e > s and e > chars[0] and s < chars[1]
+        ]
         if all(tokens[i] == tokenizer.unk_token_id for i in covering):
             raise SpanError(
                 f"the answer must be found in the reference's tokens, but {text[slice(*chars)]!r} "
@@ -156,7 +163,8 @@ def reference_prompt(
     start = text.find(answer, len(head))
     if not answer.strip() or start < 0:
         raise SpanError(
-            f"the answer must be found in the reference's tokens, but {answer!r} is not in {tail!r}."
+            "the answer must be found in the reference's tokens, "
+            f"but {answer!r} is not in {tail!r}."
         )
     tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, start + len(answer)))
     return tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, len(text)))
@@ -169,7 +177,8 @@ def _question_text(model: HookedModel, question: str, template: Template) -> str
 def _chat(model: HookedModel, content: str) -> str:
     if not getattr(model.tokenizer, "chat_template", None):
         raise ConfigError(
-            f"chat=True needs a tokenizer with a chat template; that of {model.cfg.model_name} has none."
+            "chat=True needs a tokenizer with a chat template; "
+            f"that of {model.cfg.model_name} has none."
         )
     return str(
         model.tokenizer.apply_chat_template(

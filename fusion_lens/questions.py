@@ -1,20 +1,22 @@
 """Files of questions -> checked `Question` values. JSONL and CSV; knows no model.
 
-A line holds `question` and `answer`; `id`, `subject`, `topic`, `answer_type`, `split`, `aliases`, `explanation`,
-`paraphrases` and `neighbours` are optional. In CSV the list-valued columns hold JSON. Other columns are
-ignored.
+A line holds `question` and `answer`; `id`, `subject`, `topic`, `answer_type`, `split`, `aliases`,
+`explanation`,
+`paraphrases` and `neighbours` are optional. In CSV the list-valued columns hold JSON. Other columns
+are ignored.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import InputFileError, QuestionError
+from fusion_lens.errors import InputFileError, OutputError, QuestionError
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
 _LIST_FIELDS = ("aliases", "paraphrases")
@@ -63,7 +65,8 @@ def load_questions(path: str | Path) -> list[Question]:
     """Read a `.jsonl` or `.csv` file.
 
     Raises:
-        InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names the line.
+        InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names
+        the line.
     """
     path = Path(path)
     readers = {".jsonl": _jsonl_records, ".csv": _csv_records}
@@ -76,7 +79,9 @@ def load_questions(path: str | Path) -> list[Question]:
             question = _question_from(path, line, record)
             if question.id in lines:
                 raise InputFileError(
-                    path, f"id {question.id!r} must be unique, but line {lines[question.id]} has it", line
+                    path,
+                    f"id {question.id!r} must be unique, but line {lines[question.id]} has it",
+                    line,
                 )
             lines[question.id] = line
             questions.append(question)
@@ -90,11 +95,21 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def save_questions(questions: Iterable[Question], path: str | Path) -> None:
-    """Write JSONL, one question a line, empty fields left out."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for question in questions:
-            record = {key: value for key, value in asdict(question).items() if value}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Write JSONL, one question a line, empty fields left out.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.write_text("".join(map(_line, questions)), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
+def questions_digest(questions: Iterable[Question]) -> str:
+    """SHA-256 of the questions as `save_questions` writes them."""
+    return hashlib.sha256("".join(map(_line, questions)).encode()).hexdigest()
 
 
 def select_questions(
@@ -127,6 +142,11 @@ def select_questions(
             f"the file has the splits {', '.join(splits)}."
         )
     return kept if limit is None else kept[:limit]
+
+
+def _line(question: Question) -> str:
+    record = {key: value for key, value in asdict(question).items() if value}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -174,7 +194,9 @@ def _question_from(path: Path, line: int, record: Mapping[str, Any]) -> Question
     fields: dict[str, Any] = {"id": f"q{line:04d}"}
     for name in ("question", "answer"):
         if not isinstance(record.get(name), str):
-            raise InputFileError(path, f"must have a text {name!r}, but got {record.get(name)!r}", line)
+            raise InputFileError(
+                path, f"must have a text {name!r}, but got {record.get(name)!r}", line
+            )
         fields[name] = record[name]
     for name in _TEXT_FIELDS:
         value = record.get(name)

@@ -1,13 +1,12 @@
 """Records of a run on disk: `results.jsonl`, `summary.json`, `plans/*.safetensors`; versioned.
 
-`results.jsonl` has a line per question and arm. `summary.json` is written last and whole: a folder without it holds
-a run that did not end.
+`results.jsonl` has a line per question and arm. `summary.json` is written last and whole: a folder
+without it holds a run that did not end.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
@@ -30,8 +29,9 @@ _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna
 class Result:
     """One question under one arm.
 
-    `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity` its
-    exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as in `search.Tuned`.
+    `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
+    its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
+    in `search.Tuned`.
     """
 
     question_id: str
@@ -66,13 +66,19 @@ class Provenance:
     processing_mode: str
     dtype: str
     seed: int
+    questions_sha256: str
     settings: dict[str, Any]
     versions: dict[str, str]
     threads: int
 
     @staticmethod
     def of(
-        model: ModelIdentity, *, seed: int, settings: dict[str, Any], threads: int
+        model: ModelIdentity,
+        *,
+        seed: int,
+        questions_sha256: str,
+        settings: dict[str, Any],
+        threads: int,
     ) -> Provenance:
         """Gather the versions of the running environment."""
         versions = {name: version(name) for name in _PACKAGES}
@@ -82,6 +88,7 @@ class Provenance:
             processing_mode=model.processing,
             dtype=model.dtype,
             seed=seed,
+            questions_sha256=questions_sha256,
             settings=settings,
             versions={"python": platform.python_version(), **versions},
             threads=threads,
@@ -114,7 +121,8 @@ class Results:
 
 
 def open_run_folder(folder: str | Path) -> Path:
-    """Make the folder (and `plans/`), prove it can be written, and take away an earlier run's records.
+    """Make the folder (and `plans/`), prove it can be written, and take away an earlier run's
+    records.
 
     Raises:
         OutputError: if it cannot be made or written.
@@ -162,7 +170,7 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
             json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
             encoding="utf-8",
         )
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
         raise OutputError(path, error.strerror or str(error)) from error
 

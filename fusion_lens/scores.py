@@ -1,7 +1,7 @@
 """Completion text + gold answer -> scores. The text metrics; no model.
 
-A completion is scored without its prompt. What cannot be scored has the value None ("unscored"), never 0.
-Definitions: METHOD 1.3 of the project's method notes, restated in each docstring.
+A completion is scored without its prompt. What cannot be scored has the value None ("unscored"),
+never 0. Definitions: METHOD 1.3 of the project's method notes, restated in each docstring.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _WORD = re.compile(r"\w+")
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -23,8 +24,8 @@ _MINUS = re.compile(r"(?<![\w)])[-−](?=\d)")
 class Score:
     """One figure for one completion.
 
-    `value` is None where nothing could be scored, and `explanation` then says why. `answer` is the extracted
-    answer the score looked at.
+    `value` is None where nothing could be scored, and `explanation` then says why. `answer` is the
+    extracted answer the score looked at.
     """
 
     value: float | None
@@ -51,8 +52,8 @@ def token_overlap(completion: str, answer: str) -> float | None:
 def extract_answer(completion: str) -> str:
     """The first non-empty line, up to the end of its first sentence.
 
-    "Dr. Orla Tennick. She was ..." gives "Dr. Orla Tennick": a full stop after one letter or a title ends
-    nothing.
+    "Dr. Orla Tennick. She was ..." gives "Dr. Orla Tennick": a full stop after one letter or a
+    title ends nothing.
     """
     line = next((line.strip() for line in completion.splitlines() if line.strip()), "")
     for end in _SENTENCE_END.finditer(line):
@@ -74,7 +75,8 @@ def normalise(text: str) -> str:
 
 
 def exact_match(completion: str, answer: str, aliases: Sequence[str] = ()) -> bool:
-    """Whether the extracted answer equals gold or an alias after `normalise`. This is what *right* means."""
+    """Whether the extracted answer equals gold or an alias after `normalise`. This is what *right*
+    means."""
     got = normalise(extract_answer(completion))
     return bool(got) and any(got == normalise(gold) for gold in (answer, *aliases))
 
@@ -82,15 +84,15 @@ def exact_match(completion: str, answer: str, aliases: Sequence[str] = ()) -> bo
 def distinct_2(completion: str) -> float | None:
     """Distinct / all word bigrams; None below two words."""
     run = words(completion)
-    bigrams = list(zip(run, run[1:], strict=False))
+    bigrams = list(pairwise(run))
     return len(set(bigrams)) / len(bigrams) if bigrams else None
 
 
 def objective(overlap: float, perplexity: float | None, weight: float = 0.7) -> float:
     """`w*overlap - (1-w)*min(PPL/100, 1)`, rounded to 6 decimals.
 
-    Rounded because ties are the rule and 1e-7 of noise on a tie changes what a sampler proposes next. A
-    perplexity that cannot be had counts 1 in the clipped term.
+    Rounded because ties are the rule and 1e-7 of noise on a tie changes what a sampler proposes
+    next. A perplexity that cannot be had counts 1 in the clipped term.
     """
     clipped = 1.0 if perplexity is None else min(perplexity / 100.0, 1.0)
     return round(weight * overlap - (1.0 - weight) * clipped, 6)

@@ -1,9 +1,9 @@
 """Coefficients -> scores, guided by Optuna; knows no model.
 
-Trials are asked in rounds: `Search.ask` gives the coefficients of one round, `Search.tell` takes their outcomes
-in the order asked, and many searches can share one batch of generation between the two. The zero plan is always
-trial 1 of the n. Objectives arrive rounded (`scores.objective`), because ties are the rule and 1e-7 of noise on a
-tie changes what TPE proposes next.
+Trials are asked in rounds: `Search.ask` gives the coefficients of one round, `Search.tell` takes
+their outcomes in the order asked, and many searches can share one batch of generation between the
+two. The zero plan is always trial 1 of the n. Objectives arrive rounded (`scores.objective`),
+because ties are the rule and 1e-7 of noise on a tie changes what TPE proposes next.
 
 The objective is METHOD 1.3's `w*overlap - (1-w)*min(PPL/100, 1)`, or its two terms kept apart.
 """
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import optuna
 
@@ -30,9 +30,10 @@ Coeffs = dict[str, float]
 class SearchConfig:
     """How to search.
 
-    `parametrisation="coeff"` draws one coefficient per segment from [low, high]; "alpha_gamma" draws the
-    paper's pair per segment from [0.01, 1] and uses the product. `objectives="pareto"` keeps overlap and
-    clipped perplexity apart. `sampler` makes any Optuna sampler from a seed; the default is TPE.
+    `parametrisation="coeff"` draws one coefficient per segment from [low, high]; "alpha_gamma"
+    draws the paper's pair per segment from [0.01, 1] and uses the product. `objectives="pareto"`
+    keeps overlap and clipped perplexity apart. `sampler` makes any Optuna sampler from a seed; the
+    default is TPE.
     """
 
     trials: int = 30
@@ -57,6 +58,7 @@ class SearchConfig:
         one_of("objectives", self.objectives, OBJECTIVES)
 
 
+@runtime_checkable
 class Outcome(Protocol):
     """What a search has to know of a trial; the rest of the value travels along untouched."""
 
@@ -86,7 +88,8 @@ class Trial(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Tuned(Generic[T]):
-    """A search that ended, or was interrupted: its trials, the best of them, and the Pareto front."""
+    """A search that ended, or was interrupted: its trials, the best of them, and the Pareto
+    front."""
 
     trials: tuple[Trial[T], ...]
     best: Trial[T]
@@ -109,7 +112,8 @@ class Tuned(Generic[T]):
 class Search(Generic[T]):
     """One search, driven from outside.
 
-    `norm` tells the injected norm of coefficients: ties go to the smaller one, then to the earlier trial.
+    `norm` tells the injected norm of coefficients: ties go to the smaller one, then to the earlier
+    trial.
     """
 
     def __init__(
@@ -123,10 +127,11 @@ class Search(Generic[T]):
         self._trials: list[Trial[T]] = []
         self._asked: list[tuple[optuna.trial.Trial | None, Coeffs]] = []
         make_sampler = config.sampler or _tpe
-        directions = ["maximize"] if config.objectives == "weighted" else ["maximize", "minimize"]
+        up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
         with _quiet():
             self._study = optuna.create_study(
-                directions=directions, sampler=make_sampler(config.seed)
+                directions=[up] if config.objectives == "weighted" else [up, down],
+                sampler=make_sampler(config.seed),
             )
 
     @property
@@ -191,9 +196,7 @@ class Search(Generic[T]):
         """
         if not self._trials:
             raise SearchError("a search must have a finished trial to give a result, but has none.")
-        best = min(
-            self._trials, key=lambda t: (-t.outcome.objective, t.injected_norm, t.number)
-        )
+        best = min(self._trials, key=lambda t: (-t.outcome.objective, t.injected_norm, t.number))
         front = tuple(
             trial
             for trial in self._trials
@@ -234,7 +237,8 @@ def tune(
     norm: Callable[[Coeffs], float],
     config: SearchConfig | None = None,
 ) -> Tuned[T]:
-    """Run one search to its end; an interrupt gives the trials so far (and is raised if there are none)."""
+    """Run one search to its end; an interrupt gives the trials so far (and is raised if there are
+    none)."""
     search: Search[T] = Search(segments, config or SearchConfig(), norm)
     while not search.done:
         try:
@@ -252,7 +256,8 @@ def export_study(
     name: str,
     attributes: Callable[[Any], Mapping[str, Any]],
 ) -> None:
-    """Hand a finished study to an Optuna storage URL at once, `attributes(outcome)` with every trial.
+    """Hand a finished study to an Optuna storage URL at once, `attributes(outcome)` with every
+    trial.
 
     Raises:
         SearchError: if the storage cannot be opened or holds a study of that name.

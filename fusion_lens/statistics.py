@@ -1,8 +1,8 @@
 """Values of questions -> a mean with its interval.
 
-Cluster bootstrap over subjects (questions about one person are not independent): clusters are drawn with
-replacement, the statistic is the mean over all questions of the clusters drawn; percentile interval. Resampling is
-scipy's.
+Cluster bootstrap over subjects (questions about one person are not independent): clusters are drawn
+with replacement, the statistic is the mean over all questions of the clusters drawn; percentile
+interval. Resampling is scipy's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Questions -> deltas -> tuned plans: the one path that `tune` and `run` share.
 
-The trials that every open search asks for in a round are rows of one generation call, whatever question and arm
-they belong to. Identical completions of a question are scored once, by their tokens.
+The trials that every open search asks for in a round are rows of one generation call, whatever
+question and arm they belong to. Identical completions of a question are scored once, by their
+tokens.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fusion_lens.activations import record
-from fusion_lens.deltas import Deltas, deltas
+from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.errors import (
     ConfigError,
     ContextLengthError,
@@ -47,7 +49,7 @@ from fusion_lens.prompts import (
     reference_prompt,
 )
 from fusion_lens.questions import Question
-from fusion_lens.search import Search, SearchConfig, Tuned
+from fusion_lens.search import Search, SearchConfig, Tuned, export_study
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total)."""
@@ -57,8 +59,8 @@ Progress = Callable[[str, int, int], None]
 class TuningConfig:
     """Everything that decides a tuned plan besides model and question.
 
-    `explanation_tokens` bounds the model's own explanation of the gold answer; `explanation_marker`, where the
-    model writes one, is the text its explanation follows.
+    `explanation_tokens` bounds the model's own explanation of the gold answer;
+    `explanation_marker`, where the model writes one, is the text its explanation follows.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -100,7 +102,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One search: a prepared question, the segments whose coefficients are sought, and the search's name."""
+    """One search: a prepared question, the segments whose coefficients are sought, and the search's
+    name."""
 
     prepared: Prepared
     segments: tuple[Segment, ...]
@@ -120,7 +123,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class TunedPlan:
-    """A finished search with the plan it chose. `seconds` is its share of the wall time, by rows."""
+    """A finished search with the plan it chose. `seconds` is its share of the wall time, by
+    rows."""
 
     job: Job
     tuned: Tuned[Graded]
@@ -145,7 +149,8 @@ def prepare(
 ) -> tuple[list[Prepared], list[Failure]]:
     """Explanations, prompts and deltas of many questions, in two batched passes.
 
-    A question whose answer is not found in its reference, or whose texts exceed the context, becomes a
+    A question whose answer is not found in its reference, or whose texts exceed the context,
+    becomes a
     `Failure`; the others go on.
     """
     config = config or TuningConfig()
@@ -180,7 +185,8 @@ def prepare(
     ready = [question for question in ready if question.id in references]
     recorded = record(
         model,
-        [references[question.id] for question in ready] + [prompts[question.id] for question in ready],
+        [references[question.id] for question in ready]
+        + [prompts[question.id] for question in ready],
     )
     prepared = [
         Prepared(
@@ -188,7 +194,7 @@ def prepare(
             prompt=prompts[question.id],
             reference=references[question.id],
             explanation=explanations[question.id],
-            deltas=deltas(reference, base),
+            deltas=make_deltas(reference, base),
         )
         for question, reference, base in zip(
             ready, recorded[: len(ready)], recorded[len(ready) :], strict=True
@@ -238,13 +244,8 @@ def tune_jobs(
                 for job, coeffs_list in zip(jobs, asked, strict=True)
                 for coeffs in coeffs_list
             ]
-            done = told
-            completions = generate(
-                model,
-                rows,
-                config.generation,
-                progress=(lambda n: progress("trials", done + n, total)) if progress else None,
-            )
+            shown = None if progress is None else partial(_show, progress, told, total)
+            completions = generate(model, rows, config.generation, progress=shown)
             owners = [job for job, batch in zip(jobs, asked, strict=True) for _ in batch]
             outcomes = iter(_grade(model, owners, completions, scored, config))
             share = (time.perf_counter() - began) / max(len(rows), 1)
@@ -270,7 +271,8 @@ def tune(
     config: TuningConfig | None = None,
     progress: Progress | None = None,
 ) -> TunedPlan:
-    """Tune one question's plan: coefficients per segment that make the model say the answer, fluently.
+    """Tune one question's plan: coefficients per segment that make the model say the answer,
+    fluently.
 
     An interrupt gives the trials so far (`tuned.interrupted`) and leaves the model without hooks.
 
@@ -293,9 +295,32 @@ def tune(
     return tuned[0]
 
 
-def make_segments(
-    segments: str | int | Sequence[Segment], n_layers: int
-) -> tuple[Segment, ...]:
+def export_tuned(tuned: TunedPlan, storage: str, name: str) -> None:
+    """Hand a finished search to an Optuna storage URL: every trial with its prompt, text and
+    scores.
+
+    Raises:
+        SearchError: if the storage cannot be opened or holds a study of that name.
+    """
+    prompt = tuned.job.prepared.prompt.text
+    answer = tuned.job.prepared.question.answer
+    export_study(
+        tuned.tuned,
+        storage,
+        name,
+        lambda graded: {
+            "prompt": prompt,
+            "answer": answer,
+            "completion": graded.completion.text,
+            "overlap": graded.overlap,
+            "exact_match": graded.exact_match,
+            "perplexity": graded.perplexity,
+            "objective": graded.objective,
+        },
+    )
+
+
+def make_segments(segments: str | int | Sequence[Segment], n_layers: int) -> tuple[Segment, ...]:
     """`"full"`, `"thirds"`, `"layers"`, a number of even segments, or segments as they are.
 
     Raises:
@@ -319,7 +344,10 @@ def grade_rows(
     """Score completions of (question, prompt) pairs."""
     nlls = completion_nll(
         model,
-        [(prompt, completion) for (_, prompt), completion in zip(questions, completions, strict=True)],
+        [
+            (prompt, completion)
+            for (_, prompt), completion in zip(questions, completions, strict=True)
+        ],
         batch_size=config.generation.batch_size,
     )
     return [
@@ -366,6 +394,10 @@ def _after_marker(text: str, marker: str | None) -> str:
     if marker is None:
         return text.strip()
     return text.partition(marker)[2].strip()
+
+
+def _show(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("trials", before + done, total)
 
 
 def _search(job: Job, config: TuningConfig) -> Search[Graded]:

@@ -1,0 +1,389 @@
+"""`fusion-lens`: arguments in, exit code out.
+
+Exit codes: 0 done; 1 bad input or a bad file (one line on stderr says what must hold); 2 a
+malformed command line; 3 the run ended but some questions failed (listed); 130 interrupted. Heavy
+packages are imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusion_lens.errors import ConfigError, FusionLensError, OutputError, QuestionError
+
+if TYPE_CHECKING:
+    from fusion_lens.models import HookedModel
+    from fusion_lens.questions import Question
+    from fusion_lens.tuning import Progress, TuningConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
+)
+
+# typer uses a copy of click of its own or the installed one, by its version
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Checkpoint folder or hub name; without it Atlas, the bundled model."
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")]
+TrialsOption = Annotated[
+    int, typer.Option(help="Trials per question and tuned arm, the zero plan included.")
+]
+RoundOption = Annotated[
+    int, typer.Option(help="Trials asked at once; the sampler learns between rounds.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of samplers and bootstrap.")]
+SegmentsOption = Annotated[
+    str, typer.Option(help="full, thirds, layers, or a number of even segments.")
+]
+SpaceOption = Annotated[
+    str,
+    typer.Option(
+        help="coeff: one coefficient in [0, 1.5] per segment; alpha_gamma: the paper's pair."
+    ),
+]
+ObjectivesOption = Annotated[
+    str,
+    typer.Option(
+        help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart."
+    ),
+]
+MeanOption = Annotated[
+    str,
+    typer.Option(help="question: a constant shift; sequence: the authors' hook, without a cache."),
+]
+PositionsOption = Annotated[str, typer.Option(help="all, prompt or completion.")]
+SpecialOption = Annotated[bool, typer.Option(help="Steer BOS and other special tokens too.")]
+TokensOption = Annotated[int, typer.Option(help="New tokens per completion, at most.")]
+ExplainOption = Annotated[int, typer.Option(help="Tokens of the model's own explanation; 0: none.")]
+MarkerOption = Annotated[
+    str | None,
+    typer.Option(help="Text that the model's explanation follows, such as **Explanation:**."),
+]
+BatchOption = Annotated[int, typer.Option(help="Rows generated at once.")]
+ChatOption = Annotated[bool, typer.Option(help="Wrap questions in the tokenizer's chat template.")]
+StorageOption = Annotated[
+    str | None, typer.Option(help="Optuna storage URL that gets every finished study.")
+]
+
+
+@app.command()
+def run(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; an earlier run in it is replaced.")
+    ] = Path("runs/latest"),
+    questions: Annotated[
+        Path | None, typer.Option(help="JSONL or CSV; without it Atlas' own questions.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split, if the file names splits.")] = "test",
+    limit: Annotated[int, typer.Option(help="Questions to run, from the first.")] = 60,
+    question_id: Annotated[
+        list[str] | None, typer.Option(help="Only this question; may be repeated.")
+    ] = None,
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = "baseline,full,segmented",
+    model: ModelOption = None,
+    trials: TrialsOption = 30,
+    round_size: RoundOption = 5,
+    seed: SeedOption = 0,
+    segments: SegmentsOption = "thirds",
+    parametrisation: SpaceOption = "coeff",
+    objectives: ObjectivesOption = "weighted",
+    mean: MeanOption = "question",
+    positions: PositionsOption = "all",
+    steer_special: SpecialOption = False,
+    max_new_tokens: TokensOption = 48,
+    explanation_tokens: ExplainOption = 48,
+    explanation_marker: MarkerOption = None,
+    batch_size: BatchOption = 128,
+    chat: ChatOption = False,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    storage: StorageOption = None,
+) -> int:
+    """Tune and score every question under every arm; write results, plans, figures and a
+    summary."""
+    from rich.console import Console
+
+    from fusion_lens.experiment import ExperimentConfig
+    from fusion_lens.experiment import run as run_experiment
+    from fusion_lens.plots import run_figures, write_figures
+    from fusion_lens.questions import select_questions
+    from fusion_lens.report import failure_lines, summary_table, tuned_lines
+    from fusion_lens.results import open_run_folder
+
+    if limit < 1:
+        raise ConfigError(f"limit must be at least 1, but got {limit}.")
+    config = ExperimentConfig(
+        arms=tuple(arms.split(",")),
+        segments=_segments(segments),
+        tuning=_tuning_config(locals()),
+        storage=storage,
+    )
+    chosen = select_questions(
+        _questions(questions, model),
+        split=None if question_id else split,
+        ids=tuple(question_id or ()),
+        limit=None if question_id else limit,
+    )
+    open_run_folder(out)
+    opened = _load(model, dtype, device)
+    with _progress() as progress:
+        results = run_experiment(opened, chosen, config, out=out, progress=progress)
+    console = Console()
+    console.print(summary_table(results.summary))
+    for line in tuned_lines(results.summary):
+        console.print(line, soft_wrap=True, highlight=False)
+    missing = write_figures(run_figures(results), out / "figures")
+    if missing is not None:
+        console.print(missing, soft_wrap=True)
+    for line in failure_lines(results.summary):
+        print(f"failed: {line}", file=sys.stderr)
+    console.print(f"written to {out} in {results.summary['seconds']:.0f} s", soft_wrap=True)
+    if results.summary["interrupted"]:
+        return 130
+    return 3 if results.summary["failures"] else 0
+
+
+@app.command()
+def tune(
+    question: Annotated[str, typer.Argument(help="The question, without any template.")],
+    answer: Annotated[str, typer.Option(help="The gold answer.")],
+    explanation: Annotated[
+        str | None, typer.Option(help="Given explanation; without it the model writes its own.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the chosen plan goes.")] = Path(
+        "plan.safetensors"
+    ),
+    model: ModelOption = None,
+    trials: TrialsOption = 30,
+    round_size: RoundOption = 5,
+    seed: SeedOption = 0,
+    segments: SegmentsOption = "thirds",
+    parametrisation: SpaceOption = "coeff",
+    objectives: ObjectivesOption = "weighted",
+    mean: MeanOption = "question",
+    positions: PositionsOption = "all",
+    steer_special: SpecialOption = False,
+    max_new_tokens: TokensOption = 48,
+    explanation_tokens: ExplainOption = 48,
+    explanation_marker: MarkerOption = None,
+    batch_size: BatchOption = 128,
+    chat: ChatOption = False,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    storage: StorageOption = None,
+) -> int:
+    """Tune one question: what the model said, what it says now, and the coefficients; saves the
+    plan."""
+    from fusion_lens.plan_files import save_plan
+    from fusion_lens.questions import Question
+    from fusion_lens.tuning import export_tuned
+    from fusion_lens.tuning import tune as tune_question
+
+    asked = Question(id="question", question=question, answer=answer, explanation=explanation)
+    config = _tuning_config(locals())
+    _require_writable(out)
+    opened = _load(model, dtype, device)
+    with _progress() as progress:
+        tuned = tune_question(
+            opened, asked, segments=_segments(segments), config=config, progress=progress
+        )
+    save_plan(tuned.plan, out)
+    if storage is not None:
+        export_tuned(tuned, storage, asked.question)
+    print(_tuned_text(tuned))
+    print(f"plan saved to {out}")
+    return 130 if tuned.tuned.interrupted else 0
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue, as it is.")],
+    plan: Annotated[Path, typer.Option(help="A plan that tune or run saved.")],
+    scale: Annotated[float, typer.Option(help="Multiplies every coefficient.")] = 1.0,
+    question: Annotated[
+        bool, typer.Option("--question", help="The text is a question: put it into the template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    max_new_tokens: TokensOption = 48,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+) -> int:
+    """Continue a prompt, steered by a saved plan."""
+    from fusion_lens.generation import GenerationConfig, Row
+    from fusion_lens.generation import generate as generate_rows
+    from fusion_lens.plan_files import load_plan
+    from fusion_lens.prompts import question_prompt, tokenize
+
+    if not prompt.strip():
+        raise QuestionError(f"a prompt must not be empty, but got {prompt!r}.")
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
+    loaded = load_plan(plan) * scale
+    opened = _load(model, dtype, device)
+    read = question_prompt(opened, prompt) if question else tokenize(opened, prompt)
+    completion = generate_rows(opened, [Row(read, loaded, seed)], config)[0]
+    print(completion.text)
+    return 0
+
+
+@app.command()
+def questions(
+    atlas: Annotated[int, typer.Option("--atlas", help="How many questions to make.")],
+    seed: Annotated[int, typer.Option(help="Another seed asks about other people.")] = 1,
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.")] = Path("questions.jsonl"),
+    batch_size: BatchOption = 128,
+) -> int:
+    """Make questions from Atlas' world that Atlas fails, half of them dev and half test."""
+    from fusion_lens.atlas.questions import make_questions
+    from fusion_lens.generation import GenerationConfig, Row
+    from fusion_lens.generation import generate as generate_rows
+    from fusion_lens.prompts import tokenize
+    from fusion_lens.questions import save_questions
+
+    _require_writable(out)
+    model = _load(None, "float32", None)
+
+    def complete(prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
+        config = GenerationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        rows = [Row(tokenize(model, prompt)) for prompt in prompts]
+        with _progress() as progress:
+            written = generate_rows(
+                model, rows, config, progress=lambda done: progress("asking", done, len(rows))
+            )
+        return [(completion.text, completion.ended) for completion in written]
+
+    made = make_questions(atlas, seed, complete)
+    save_questions(made, out)
+    print(f"{len(made)} questions written to {out}")
+    return 0
+
+
+def main() -> None:
+    """The entry point: every expected error is one line."""
+    try:
+        code = app(standalone_mode=False)
+    except FusionLensError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 1
+    except _UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _tuning_config(options: dict[str, Any]) -> TuningConfig:
+    from fusion_lens.generation import GenerationConfig
+    from fusion_lens.prompts import Template
+    from fusion_lens.search import SearchConfig
+    from fusion_lens.tuning import TuningConfig
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    return TuningConfig(
+        search=SearchConfig(
+            **chosen("trials", "round_size", "seed", "parametrisation", "objectives")
+        ),
+        generation=GenerationConfig(**chosen("max_new_tokens", "batch_size")),
+        template=Template(chat=options["chat"]),
+        **chosen("mean", "positions", "steer_special", "explanation_tokens", "explanation_marker"),
+    )
+
+
+def _segments(text: str) -> str | int:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _questions(path: Path | None, model: str | None) -> list[Question]:
+    from fusion_lens.atlas import QUESTIONS
+    from fusion_lens.questions import load_questions
+
+    if path is None and model is not None:
+        raise ConfigError(
+            "a model other than Atlas needs questions of its own; give --questions FILE."
+        )
+    return load_questions(QUESTIONS if path is None else path)
+
+
+def _load(model: str | None, dtype: str, device: str | None) -> HookedModel:
+    from fusion_lens.models import load_model
+
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    return load_model(model, dtype=dtype, device=device)
+
+
+def _require_writable(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    live = sys.stderr.isatty()
+    with tqdm(unit="row", mininterval=0.1 if live else 15, dynamic_ncols=True) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.set_description(stage, refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _tuned_text(tuned: Any) -> str:
+    best = tuned.tuned.best
+    lines = [
+        ("it said", repr(tuned.unsteered.completion.text.strip())),
+        ("it says now", repr(tuned.best.completion.text.strip())),
+        ("coefficients", ", ".join(f"{name} {c:.3f}" for name, c in best.coeffs.items())),
+        (
+            "objective",
+            f"{tuned.unsteered.objective:+.3f} -> {tuned.best.objective:+.3f} "
+            f"(trial {best.number} of {len(tuned.tuned.trials)})",
+        ),
+        ("right", f"{bool(tuned.unsteered.exact_match)} -> {bool(tuned.best.exact_match)}"),
+        ("perplexity", f"{_shown(tuned.unsteered.perplexity)} -> {_shown(tuned.best.perplexity)}"),
+    ]
+    if tuned.tuned.zero_won:
+        lines.append(("note", "no trial beat the zero plan: the saved plan does not steer"))
+    if len(tuned.tuned.front) > 1:
+        front = [f"#{t.number} ({t.outcome.objective:+.3f})" for t in tuned.tuned.front]
+        lines.append(("pareto front", ", ".join(front)))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _shown(value: float | None) -> str:
+    return "unscored" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main()

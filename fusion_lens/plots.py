@@ -1,0 +1,214 @@
+"""Plotly figures from the package's values, and figures on disk.
+
+Colours are one per arm, the same in every figure. `write_figures` writes HTML, and PNG where a
+Chromium is found.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io
+from plotly.subplots import make_subplots
+
+from fusion_lens.errors import OutputError
+from fusion_lens.results import Result, Results
+
+ARM_COLOURS = {"baseline": "#8c8c8c", "full": "#0072b2", "segmented": "#d55e00"}
+_OTHER = "#009e73"
+_SHOWN = {
+    "exact_match": "right (exact match)",
+    "overlap": "overlap with gold",
+    "objective": "objective",
+}
+_CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A picture under a file name, with the rows it shows."""
+
+    name: str
+    figure: go.Figure
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+def run_figures(results: Results) -> list[Figure]:
+    """The figures of a run: delta norms, scores per arm, chosen coefficients. Empty ones are left
+    out."""
+    figures = []
+    if results.summary["delta_norms"]:
+        figures.append(plot_delta_norms(results.summary["delta_norms"]))
+    figures.append(plot_scores(results.summary["arms"]))
+    tuned = [record for record in results.records if record.coeffs]
+    if tuned:
+        figures.append(plot_coeffs(tuned, results.summary["arms"]))
+    return figures
+
+
+def plot_delta_norms(norms: Mapping[str, Sequence[float]]) -> Figure:
+    """Delta norm per layer over questions: median, quartiles, and every question as a faint
+    line."""
+    layers = list(range(len(next(iter(norms.values())))))
+    figure = go.Figure()
+    for question_id, values in norms.items():
+        figure.add_scatter(
+            x=layers,
+            y=list(values),
+            mode="lines",
+            line={"color": "rgba(0,114,178,0.15)", "width": 1},
+            name=question_id,
+            showlegend=False,
+        )
+    for layer in layers:
+        figure.add_box(
+            x=[layer] * len(norms),
+            y=[values[layer] for values in norms.values()],
+            marker_color=ARM_COLOURS["full"],
+            boxpoints=False,
+            showlegend=False,
+            width=0.35,
+            name=f"layer {layer}",
+        )
+    _style(figure, f"Delta norm per layer, {len(norms)} questions")
+    figure.update_xaxes(title="layer (blocks.l.hook_resid_post)", dtick=max(1, len(layers) // 12))
+    figure.update_yaxes(title="‖reference − question‖", rangemode="tozero")
+    rows = tuple((q, layer, v) for q, values in norms.items() for layer, v in enumerate(values))
+    return Figure("delta_norms", figure, ("question_id", "layer", "norm"), rows)
+
+
+def plot_scores(arms: Mapping[str, Any]) -> Figure:
+    """Mean and 95 % interval of each metric under each arm; perplexity beside, on its own
+    logarithmic axis."""
+    figure = make_subplots(
+        cols=2, column_widths=[0.7, 0.3], horizontal_spacing=0.12, subplot_titles=("", "perplexity")
+    )
+    rows = []
+    for arm, content in arms.items():
+        metrics = content["metrics"]
+        for column, names in ((1, tuple(_SHOWN)), (2, ("perplexity",))):
+            shown = [name for name in names if metrics[name]["mean"] is not None]
+            means = [metrics[name]["mean"] for name in shown]
+            figure.add_bar(
+                x=[_SHOWN.get(name, arm) for name in shown],
+                y=means,
+                name=arm,
+                marker_color=ARM_COLOURS.get(arm, _OTHER),
+                showlegend=column == 1,
+                error_y={
+                    "type": "data",
+                    "array": [_reach(metrics[name], "high") for name in shown],
+                    "arrayminus": [_reach(metrics[name], "low") for name in shown],
+                },
+                row=1,
+                col=column,
+            )
+            rows += [
+                (arm, name, *(metrics[name][key] for key in ("mean", "low", "high", "n")))
+                for name in shown
+            ]
+    n = max((content["n"] for content in arms.values()), default=0)
+    _style(figure, f"Scores per arm, n = {n} questions, 95 % cluster bootstrap")
+    figure.update_yaxes(title="mean over questions", col=1)
+    figure.update_yaxes(type="log", col=2)
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.15})
+    return Figure("scores", figure, ("arm", "metric", "mean", "low", "high", "n"), tuple(rows))
+
+
+def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
+    """The chosen coefficient of every question per segment; how often the zero plan won, how often
+    trials tied."""
+    figure = go.Figure()
+    rows = []
+    for arm in dict.fromkeys(record.arm for record in records):
+        own = [record for record in records if record.arm == arm]
+        content = arms[arm]
+        for segment in own[0].coeffs:
+            values = [record.coeffs[segment] for record in own]
+            figure.add_box(
+                x=[f"{arm}: {segment}" if segment != arm else arm] * len(own),
+                y=values,
+                boxpoints="all",
+                jitter=0.5,
+                pointpos=0,
+                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4, "opacity": 0.6},
+                name=f"{arm} (zero plan won {content['zero_won']:.0%}, tied {content['tied']:.0%})",
+                legendgroup=arm,
+                showlegend=segment == next(iter(own[0].coeffs)),
+            )
+            rows += [
+                (r.question_id, arm, segment, r.coeffs[segment], r.zero_won, r.tied) for r in own
+            ]
+    _style(figure, "Chosen coefficient per segment")
+    figure.update_yaxes(title="coefficient")
+    figure.update_layout(legend={"orientation": "h", "y": -0.15})
+    columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
+    return Figure("coeffs", figure, columns, tuple(rows))
+
+
+def write_figures(
+    figures: Sequence[Figure], folder: str | Path, *, html: bool = True, data: bool = False
+) -> str | None:
+    """Write the figures; gives the reason where no PNG could be made.
+
+    HTML files share one `plotly.min.js` beside them, so that they open offline. With `data`, a CSV
+    of the rows shown lies beside each picture.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for figure in figures:
+            if html:
+                figure.figure.write_html(
+                    folder / f"{figure.name}.html", include_plotlyjs="directory"
+                )
+            if data:
+                _write_rows(figure, folder / f"{figure.name}.csv")
+    except OSError as error:
+        raise OutputError(folder, error.strerror or str(error)) from error
+    if find_spec("kaleido") is None:
+        return "no PNG figures: kaleido is not installed (pip install 'fusion-lens[png]')"
+    if not any(shutil.which(name) for name in _CHROMIUM):
+        return "no PNG figures: no Chromium was found (Debian: apt-get install chromium)"
+    try:
+        plotly.io.write_images(
+            fig=[figure.figure for figure in figures],
+            file=[folder / f"{figure.name}.png" for figure in figures],
+            width=900,
+            height=480,
+            scale=2,
+        )
+    except Exception as error:  # a browser that does not start has many names
+        return f"no PNG figures: the browser failed ({type(error).__name__}: {error})"
+    return None
+
+
+def _write_rows(figure: Figure, path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(figure.columns)
+        writer.writerows(figure.rows)
+
+
+def _reach(metric: Mapping[str, Any], end: str) -> float:
+    return 0.0 if metric[end] is None else abs(metric[end] - metric["mean"])
+
+
+def _style(figure: go.Figure, title: str) -> None:
+    figure.update_layout(
+        title={"text": title, "x": 0.02},
+        template="plotly_white",
+        font={"family": "sans-serif", "size": 14},
+        margin={"l": 70, "r": 20, "t": 60, "b": 60},
+    )

@@ -1,0 +1,84 @@
+"""A run's summary -> tables, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+_COLUMNS = {
+    "exact_match": ("right", "{:.1%}"),
+    "overlap": ("overlap", "{:.2f}"),
+    "objective": ("objective", "{:+.2f}"),
+    "perplexity": ("perplexity", "{:.1f}"),
+}
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """What `fusion-lens run` prints: per arm, mean and 95 % interval of each metric."""
+    header, *rows = summary_rows(summary, between="\n")
+    table = Table(title=caption(summary), title_justify="left", title_style="", box=SIMPLE_HEAD)
+    for name in header:
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """The same as Markdown."""
+    header, *rows = summary_rows(summary)
+    rule = ["---" if name == "arm" else "---:" for name in header]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def tuned_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Per tuned arm: median coefficients, how often the zero plan won, how often trials tied."""
+    return [
+        f"{name}: median coefficient "
+        + ", ".join(f"{segment} {coeff:.2f}" for segment, coeff in arm["coeffs_median"].items())
+        + f"; zero plan won {arm['zero_won']:.0%}, trials tied {arm['tied']:.0%}"
+        for name, arm in summary["arms"].items()
+        if "coeffs_median" in arm
+    ]
+
+
+def caption(summary: Mapping[str, Any]) -> str:
+    """Model, number of questions and subjects, and what the intervals are."""
+    arms = summary["arms"].values()
+    n = max((arm["n"] for arm in arms), default=0)
+    clusters = max((arm["clusters"] for arm in arms), default=0)
+    unit = "every question its own cluster" if clusters == n else f"{clusters} subjects"
+    ended = ", interrupted" if summary["interrupted"] else ""
+    failed = f", {len(summary['failures'])} failed" if summary["failures"] else ""
+    return (
+        f"{summary['provenance']['model']}: {n} questions ({unit}){failed}{ended}; "
+        "mean [95 % cluster bootstrap]"
+    )
+
+
+def summary_rows(summary: Mapping[str, Any], between: str = " ") -> list[list[str]]:
+    """Header and cells as text, `between` a mean and its interval; unscored values are counted."""
+    rows = [["arm", "n", *(title for title, _ in _COLUMNS.values())]]
+    for name, arm in summary["arms"].items():
+        cells = [
+            _cell(arm["metrics"][metric], form, between) for metric, (_, form) in _COLUMNS.items()
+        ]
+        rows.append([name, str(arm["n"]), *cells])
+    return rows
+
+
+def failure_lines(summary: Mapping[str, Any]) -> Sequence[str]:
+    """One line for every question that could not be steered."""
+    return [f"{f['question_id']}: {f['error']}: {f['message']}" for f in summary["failures"]]
+
+
+def _cell(metric: Mapping[str, Any], form: str, between: str) -> str:
+    if metric["mean"] is None:
+        return "unscored"
+    text = form.format(metric["mean"])
+    if metric["low"] is not None:
+        text += f"{between}[{form.format(metric['low'])}, {form.format(metric['high'])}]"
+    return text + (f" ({metric['unscored']} unscored)" if metric["unscored"] else "")

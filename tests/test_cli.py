@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fusion_lens import cli
+from fusion_lens.plan_files import save_plan
+from fusion_lens.results import load_results
+
+LINES = [
+    {"id": "a", "question": "What did Lily see in the park?", "answer": "a big red ball"},
+    {"id": "b", "question": "Who helped Tom find his toy?", "answer": "his friend Sam"},
+]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`fusion-lens ...` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fusion-lens", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_path) -> None:
+    code, out, _ = command(
+        *("run", "--model", stories_folder, "--questions", questions, "--trials", 10),
+        *("--max-new-tokens", 24, "--out", tmp_path / "run"),
+    )
+    assert code == 0
+    assert "stories260k: 2 questions" in out
+    assert "segmented: median coefficient early" in out
+    results = load_results(tmp_path / "run")
+    by_arm = {arm: c["metrics"]["overlap"]["mean"] for arm, c in results.summary["arms"].items()}
+    assert by_arm["segmented"] > by_arm["baseline"] == 0.0
+    assert (tmp_path / "run" / "figures" / "delta_norms.html").is_file()
+    assert len(list((tmp_path / "run" / "plans").iterdir())) == 4
+
+
+def test_stories260k_runs_through_tune_and_generate(command, stories_folder, tmp_path) -> None:
+    plan = tmp_path / "plan.safetensors"
+    question = "What did Lily see in the park?"
+    options = ("--model", stories_folder, "--max-new-tokens", 24)
+    code, out, _ = command(
+        "tune", question, "--answer", "a big red ball", "--trials", 20, "--out", plan, *options
+    )
+    assert code == 0
+    assert "it said" in out
+    now = next(line for line in out.splitlines() if line.startswith("it says now"))
+    code, steered, _ = command("generate", question, "--question", "--plan", plan, *options)
+    assert code == 0
+    assert repr(steered.strip()) in now
+    _, plain, _ = command(
+        "generate", question, "--question", "--plan", plan, "--scale", 0, *options
+    )
+    assert repr(plain.strip()) in out.splitlines()[0]
+    assert plain != steered
+
+
+def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
+    command, stories_folder, tmp_path
+) -> None:
+    path = tmp_path / "q.jsonl"
+    long = {"id": "long", "question": "Who " * 300, "answer": "Sam"}
+    path.write_text(json.dumps(LINES[0]) + "\n" + json.dumps(long) + "\n")
+    code, out, err = command(
+        *("run", "--model", stories_folder, "--questions", path, "--trials", 2),
+        *("--max-new-tokens", 8, "--out", tmp_path / "run", "--arms", "baseline,full"),
+    )
+    assert code == 3
+    assert "1 questions" in out
+    assert "failed: long: ContextLengthError: prompt + completion must fit the model's" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tune", "", "--answer", "x"), "must have a non-empty question"),
+        (("tune", "Who?", "--answer", " "), "must have a non-empty answer"),
+        (("run", "--trials", "0"), "trials must be at least 1, but got 0"),
+        (("run", "--trials", "-3"), "trials must be at least 1, but got -3"),
+        (("run", "--limit", "0"), "limit must be at least 1, but got 0"),
+        (("run", "--arms", "magic"), "arms must be one of baseline, full, segmented, but got"),
+        (("run", "--segments", "quarters"), "segments must be one of full, thirds, layers"),
+        (("run", "--segments", "0"), "1 <= segments <= layers must hold"),
+        (("run", "--mean", "median"), "mean must be one of question, sequence"),
+        (("run", "--questions", "none.jsonl"), "none.jsonl: cannot be read"),
+        (("run", "--question-id", "zz"), "every question id must be in the file, but got 'zz'"),
+        (("run", "--model", "./none"), "a model other than Atlas needs questions of its own"),
+        (("tune", "Who?", "--answer", "x", "--model", "./no"), "must be an existing checkpoint f"),
+        (("generate", "Who?", "--plan", "none"), "none must be a readable plan file"),
+        (("generate", " ", "--plan", "none"), "a prompt must not be empty"),
+        (("bogus",), "No such command 'bogus'"),
+        (("run", "--trials", "x"), "unable to parse string as an integer"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_non_zero_exit(
+    command, tmp_path, monkeypatch, arguments, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert code in (1, 2)
+    assert out == ""
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "Who?"\n', "q.jsonl, line 1: must be JSON"),
+        ('{"question": "Who?"}\n', "line 1: must have a text 'answer'"),
+        ('\n{"question": "", "answer": "x"}\n', "line 2: question 'q0002' must have a non-empty"),
+        ('{"id":"a","question":"W","answer":"x"}\n' * 2, "line 2: id 'a' must be unique, but line"),
+    ],
+)
+def test_a_malformed_question_file_is_named_with_its_line(
+    command, tmp_path, content: str, message: str
+) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(content)
+    code, _, err = command("run", "--questions", path)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_plan_of_another_model_is_refused(
+    command, stories_folder, tiny, other_folder, tiny_folder, tmp_path
+) -> None:
+    from conftest import strong_plan
+
+    path = tmp_path / "plan.safetensors"
+    save_plan(strong_plan(tiny), path)
+    _, _, err = command("generate", "Who?", "--plan", path, "--model", stories_folder)
+    assert "d_model must be 32, but the model has 64" in err
+    code, _, err = command("generate", "Who?", "--plan", path, "--model", other_folder)
+    assert code == 1
+    assert "it was made on tiny" in err
+    assert command("generate", "Who?", "--plan", path, "--model", tiny_folder)[0] == 0
+
+
+def test_texts_beyond_the_context_end_tune_and_generate(
+    command, tiny, tiny_folder, tmp_path
+) -> None:
+    from conftest import strong_plan
+
+    path = tmp_path / "plan.safetensors"
+    save_plan(strong_plan(tiny), path)
+    long = "Who " * 80
+    for arguments in (("generate", long, "--plan", path), ("tune", long, "--answer", "x")):
+        code, _, err = command(*arguments, "--model", tiny_folder)
+        assert code == 1
+        assert "prompt + completion must fit the model's context" in err
+
+
+def test_an_output_folder_that_cannot_be_written_fails_before_the_work(
+    command, questions, tmp_path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = command("run", "--questions", questions, "--out", tmp_path / "file" / "run")
+    assert code == 1
+    assert "must be writable, but got: Not a directory; choose another place" in err
+    place = tmp_path / "file" / "plan.safetensors"
+    code, _, err = command("tune", "Who?", "--answer", "x", "--out", place)
+    assert code == 1
+    assert "must be writable" in err
+
+
+def test_help_names_the_commands_without_loading_transformer_lens() -> None:
+    code = (
+        "import sys; sys.argv = ['fusion-lens', '--help']\n"
+        "from fusion_lens import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'transformer_lens' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name in ("run", "tune", "generate", "questions"):
+        assert f" {name} " in done.stdout

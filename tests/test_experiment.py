@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+import fusion_lens.experiment as experiment
+from fusion_lens.errors import ConfigError, OutputError, PlanError
+from fusion_lens.experiment import ExperimentConfig, run
+from fusion_lens.generation import GenerationConfig, Row, generate
+from fusion_lens.plan_files import load_plan
+from fusion_lens.prompts import question_prompt
+from fusion_lens.questions import Question
+from fusion_lens.results import load_results, plan_path
+from fusion_lens.search import SearchConfig
+from fusion_lens.tuning import TuningConfig
+
+QUICK = TuningConfig(
+    search=SearchConfig(trials=6, round_size=3, high=6.0),
+    generation=GenerationConfig(max_new_tokens=8),
+    explanation_tokens=6,
+)
+QUESTIONS = [
+    Question(id="a", question="Who wrote the red book?", answer="Ada Lovelace", subject="book"),
+    Question(id="b", question="When was it written?", answer="in 1843", subject="book"),
+    Question(id="c", question="When was Tom born?", answer="3 May 1901", subject="Tom"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A run of three questions under all arms, and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    return run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK), out=folder), folder
+
+
+def test_every_question_has_a_record_for_every_arm_in_order(finished) -> None:
+    results, _ = finished
+    arms = ("baseline", "full", "segmented")
+    assert [(r.question_id, r.arm) for r in results.records] == [
+        (question.id, arm) for question in QUESTIONS for arm in arms
+    ]
+    for record in results.records:
+        assert record.n_trials == (1 if record.arm == "baseline" else 6)
+        names = {"baseline": set(), "full": {"full"}, "segmented": {"early", "middle", "late"}}
+        assert set(record.coeffs) == names[record.arm]
+
+
+def test_the_baseline_is_the_unsteered_greedy_run_without_its_prompt(tiny, finished) -> None:
+    results, _ = finished
+    for question, record in zip(QUESTIONS, results.records[::3], strict=True):
+        prompt = question_prompt(tiny, question.question)
+        assert record.completion == generate(tiny, [Row(prompt)], QUICK.generation)[0].text
+        assert prompt.text not in record.completion
+
+
+def test_a_tuned_arm_is_never_below_the_baseline_on_the_objective(finished) -> None:
+    results, _ = finished
+    by_key = {(r.question_id, r.arm): r for r in results.records}
+    for question in QUESTIONS:
+        for arm in ("full", "segmented"):
+            record, base = by_key[question.id, arm], by_key[question.id, "baseline"]
+            assert record.objective >= base.objective
+            if record.zero_won:
+                assert record.completion == base.completion
+                assert record.injected_norm == 0.0
+
+
+def test_a_saved_plan_reproduces_the_record(tiny, finished) -> None:
+    results, folder = finished
+    for record in results.records:
+        if record.arm == "baseline":
+            continue
+        plan = load_plan(plan_path(folder, record.question_id, record.arm))
+        assert plan.coeffs == record.coeffs
+        assert plan.injected_norm == pytest.approx(record.injected_norm)
+        prompt = question_prompt(tiny, record.question)
+        assert generate(tiny, [Row(prompt, plan)], QUICK.generation)[0].text == record.completion
+
+
+def test_the_folder_holds_what_was_returned(finished) -> None:
+    results, folder = finished
+    loaded = load_results(folder)
+    assert loaded.records == results.records
+    assert loaded.summary == json.loads(json.dumps(results.summary))
+
+
+def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
+    results, _ = finished
+    summary = results.summary
+    assert summary["schema_version"] == 1
+    provenance = summary["provenance"]
+    assert provenance["seed"] == 0
+    assert provenance["processing_mode"] == "unprocessed"
+    assert provenance["settings"]["tuning"]["search"]["trials"] == 6
+    assert provenance["versions"]["torch"].startswith("2.")
+    for arm, content in summary["arms"].items():
+        own = [r for r in results.records if r.arm == arm]
+        assert (content["n"], content["clusters"]) == (3, 2)
+        overlap = content["metrics"]["overlap"]
+        assert overlap["mean"] == pytest.approx(sum(r.overlap for r in own) / 3)
+        assert overlap["low"] <= overlap["mean"] <= overlap["high"]
+        logs = [math.log(r.perplexity) for r in own]
+        assert content["metrics"]["perplexity"]["mean"] == pytest.approx(math.exp(sum(logs) / 3))
+    assert set(summary["delta_norms"]) == {"a", "b", "c"}
+    assert len(summary["delta_norms"]["a"]) == 4
+
+
+def comparable(records) -> list[object]:
+    """Everything but the times."""
+    return [dataclasses.replace(record, seconds=0.0) for record in records]
+
+
+def test_the_same_seed_gives_the_same_run_and_blocks_do_not_matter(tiny, finished) -> None:
+    results, _ = finished
+    again = run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK, block_size=2))
+    for one, other in zip(comparable(again.records), comparable(results.records), strict=True):
+        assert one.coeffs == other.coeffs
+        assert one.completion == other.completion
+        assert one.objective == other.objective
+
+
+def test_another_seed_gives_other_coefficients(tiny, finished) -> None:
+    results, _ = finished
+    search = dataclasses.replace(QUICK.search, seed=5)
+    config = ExperimentConfig(tuning=dataclasses.replace(QUICK, search=search))
+    other = run(tiny, QUESTIONS, config)
+    assert [r.coeffs for r in other.records] != [r.coeffs for r in results.records]
+
+
+def test_a_question_that_fails_is_recorded_with_its_reason_and_the_run_goes_on(tiny) -> None:
+    long = Question(id="long", question="Who " * 80, answer="Ada")
+    results = run(tiny, [QUESTIONS[0], long], ExperimentConfig(tuning=QUICK))
+    assert [f["question_id"] for f in results.summary["failures"]] == ["long"]
+    assert results.summary["failures"][0]["error"] == "ContextLengthError"
+    assert "must fit the model's context" in results.summary["failures"][0]["message"]
+    assert {r.question_id for r in results.records} == {"a"}
+
+
+def test_a_run_in_which_every_question_fails_still_ends(tiny) -> None:
+    long = Question(id="long", question="Who " * 80, answer="Ada")
+    results = run(tiny, [long], ExperimentConfig(tuning=QUICK))
+    assert results.records == ()
+    assert results.summary["arms"]["full"]["n"] == 0
+    assert results.summary["arms"]["full"]["metrics"]["overlap"]["mean"] is None
+
+
+def test_an_interrupt_keeps_what_was_finished(tiny, tmp_path, monkeypatch, untouched) -> None:
+    untouched(tiny)
+    calls = []
+    real = experiment.tune_jobs
+
+    def second_fails(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(experiment, "tune_jobs", second_fails)
+    config = ExperimentConfig(tuning=QUICK, block_size=1)
+    results = run(tiny, QUESTIONS, config, out=tmp_path)
+    assert results.summary["interrupted"]
+    assert {r.question_id for r in load_results(tmp_path).records} == {"a"}
+
+
+def test_any_number_of_segments(tiny) -> None:
+    config = ExperimentConfig(arms=("segmented",), segments=4, tuning=QUICK)
+    results = run(tiny, QUESTIONS[:1], config)
+    assert len(results.records[0].coeffs) == 4
+
+
+def test_more_segments_than_layers_end_the_run_before_it_starts(tiny, tmp_path) -> None:
+    with pytest.raises(PlanError, match=r"1 <= segments <= layers must hold"):
+        run(tiny, QUESTIONS, ExperimentConfig(segments=5, tuning=QUICK), out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_bad_settings_are_refused(tiny, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="arms must be one of baseline, full, segmented, but got"):
+        ExperimentConfig(arms=("baseline", "magic"))
+    with pytest.raises(ConfigError, match="question ids must be unique"):
+        run(tiny, [QUESTIONS[0], QUESTIONS[0]])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="must be writable"):
+        run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK), out=tmp_path / "file")

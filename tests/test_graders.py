@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import prompts_of
+
+from fusion_lens.generation import Completion, GenerationConfig, Row, generate
+from fusion_lens.graders import completion_nll, grade
+from fusion_lens.questions import Question
+
+
+def test_nll_is_the_mean_over_completion_tokens_given_the_prompt(tiny) -> None:
+    prompts = prompts_of(tiny)
+    config = GenerationConfig(max_new_tokens=7)
+    completions = generate(tiny, [Row(prompt) for prompt in prompts], config)
+    completions[1] = Completion("short", completions[1].tokens[:2], ended=False)
+    values = completion_nll(tiny, list(zip(prompts, completions, strict=True)))
+    for prompt, completion, value in zip(prompts, completions, values, strict=True):
+        tokens = torch.tensor([prompt.tokens + completion.tokens])
+        with torch.no_grad():
+            logs = tiny(tokens)[0].double().log_softmax(dim=-1)
+        start = len(prompt.tokens)
+        by_hand = [float(logs[start + i - 1, t]) for i, t in enumerate(completion.tokens)]
+        assert value == pytest.approx(-sum(by_hand) / len(by_hand), abs=1e-4)
+
+
+def test_nll_does_not_depend_on_the_batch(tiny) -> None:
+    prompts = prompts_of(tiny)
+    completions = generate(
+        tiny, [Row(prompt) for prompt in prompts], GenerationConfig(max_new_tokens=5)
+    )
+    pairs = list(zip(prompts, completions, strict=True))
+    together = completion_nll(tiny, pairs)
+    alone = [completion_nll(tiny, [pair], batch_size=1)[0] for pair in pairs]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_grade_holds_every_score_of_the_completion_alone() -> None:
+    question = Question(id="q", question="Who wrote it?", answer="Ada Lovelace")
+    completion = Completion("\nAda Byron\nAda wrote it. Ada wrote it.", (5, 6), ended=True)
+    graded = grade(question, completion, math.log(50.0))
+    assert graded.answer == "Ada Byron"
+    assert graded.overlap == 0.5
+    assert graded.exact_match == 0.0
+    assert graded.perplexity == pytest.approx(50.0)
+    # 0.7 * 1/2 - 0.3 * 50/100
+    assert graded.objective == 0.2
+    # ada byron, byron ada, ada wrote, wrote it, it ada, ada wrote, wrote it: 5 of 7
+    assert graded.distinct_2 == pytest.approx(5 / 7)
+
+
+def test_an_alias_is_right_and_an_unscored_perplexity_costs_a_full_term() -> None:
+    question = Question(id="q", question="Who?", answer="Ada", aliases=("Lady Lovelace",))
+    graded = grade(question, Completion("Lady Lovelace.", (5,), ended=True), None)
+    assert graded.exact_match == 1.0
+    assert graded.perplexity is None
+    assert graded.objective == -0.3

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jaxtyping
+import pytest
+import torch
+from conftest import prompts_of
+
+from fusion_lens.activations import left_padded
+from fusion_lens.errors import HookNameError, ModelError
+from fusion_lens.models import (
+    KeyValues,
+    check_hook_names,
+    evaluating,
+    forward,
+    identify,
+    load_model,
+    resid_post,
+    stop_tokens,
+)
+
+
+def test_a_folder_opens_with_the_weights_of_hugging_face(tiny, tiny_folder) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokens = torch.tensor([prompts_of(tiny)[0].tokens])
+    with torch.no_grad():
+        assert torch.allclose(tiny(tokens), plain(tokens).logits, atol=1e-5)
+    assert tiny.cfg.model_name == tiny_folder.name
+    assert not tiny.training
+
+
+def test_a_padded_cached_forward_equals_each_row_alone(tiny) -> None:
+    rows = [prompt.tokens for prompt in prompts_of(tiny)]
+    tokens, mask = left_padded(rows, 0, "cpu")
+    with torch.no_grad():
+        cache = KeyValues()
+        forward(tiny, tokens[:, :-1], mask[:, :-1], cache=cache)
+        last = forward(tiny, tokens[:, -1:], mask, cache=cache, last_only=True)
+        for row, logits in zip(rows, last, strict=True):
+            assert torch.allclose(tiny(torch.tensor([row]))[0, -1:], logits, atol=5e-5)
+
+
+def test_last_only_gives_the_last_position_of_the_full_logits(tiny, hooked_transformer) -> None:
+    tokens, mask = left_padded([prompt.tokens for prompt in prompts_of(tiny)], 0, "cpu")
+    with torch.no_grad():
+        for model in (tiny, hooked_transformer):
+            whole = forward(model, tokens, mask)
+            last = forward(model, tokens, mask, last_only=True)
+            assert last.shape == (3, 1, 320)
+            assert torch.allclose(whole[:, -1:], last, atol=1e-6)
+
+
+def test_identity_tells_models_apart_and_not_precisions(tiny, tiny_folder, other_folder) -> None:
+    identity = identify(tiny)
+    assert (identity.n_layers, identity.d_model, identity.dtype) == (4, 32, "float32")
+    assert (identity.wrapper, identity.processing) == ("TransformerBridge", "unprocessed")
+    half = identify(load_model(tiny_folder, dtype="bfloat16"))
+    assert half.dtype == "bfloat16"
+    assert identity.mismatch(half) is None
+    other = identify(load_model(other_folder))
+    assert "it was made on tiny" in str(identity.mismatch(other))
+
+
+def test_identity_changes_with_a_single_weight(tiny, tiny_folder) -> None:
+    changed = load_model(tiny_folder)
+    with torch.no_grad():
+        next(iter(changed.parameters()))[0, 0] += 1.0
+    assert identify(changed).weights != identify(tiny).weights
+
+
+def test_a_hooked_transformer_of_the_same_weights_is_the_same_model(
+    tiny, hooked_transformer
+) -> None:
+    bridge, hooked = identify(tiny), identify(hooked_transformer)
+    assert hooked.wrapper == "HookedTransformer"
+    assert bridge.mismatch(hooked) is None
+    assert hooked.mismatch(bridge) is None
+
+
+def test_processed_weights_are_another_basis(tiny, tiny_folder) -> None:
+    processed = load_model(tiny_folder)
+    processed.enable_compatibility_mode(disable_warnings=True)
+    assert identify(processed).processing == "processed"
+    assert identify(tiny).mismatch(identify(processed)) == (
+        "processing must be unprocessed, but the model has processed"
+    )
+    width = dataclasses.replace(identify(tiny), d_model=64)
+    assert identify(tiny).mismatch(width) == "d_model must be 32, but the model has 64"
+
+
+def test_something_without_hook_points_is_no_model(monkeypatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ModelError, match="must offer TransformerLens hook points, but got Linear"):
+        identify(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_hook_names_are_checked_with_a_suggestion(tiny) -> None:
+    check_hook_names(tiny, [resid_post(0), resid_post(3)])
+    with pytest.raises(HookNameError, match="Did you mean") as caught:
+        check_hook_names(tiny, ["blocks.0.hook_resid_pots"])
+    assert caught.value.close[0] == "blocks.0.hook_resid_post"
+
+
+def test_stop_tokens_are_those_of_tokenizer_and_checkpoint(tiny_folder, tmp_path) -> None:
+    assert stop_tokens(load_model(tiny_folder)) == {2}
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert stop_tokens(load_model(tmp_path)) == {2, 7}
+
+
+def test_evaluating_turns_gradients_off_and_the_mode_back(tiny) -> None:
+    tiny.train(True)
+    try:
+        with evaluating(tiny):
+            assert not tiny.training
+            assert not tiny(torch.tensor([[1, 40]])).requires_grad
+        assert tiny.training
+    finally:
+        tiny.train(False)
+
+
+def test_a_missing_folder_a_folder_without_config_and_a_wrong_dtype_are_told_apart(
+    tmp_path,
+) -> None:
+    with pytest.raises(ModelError, match="must be an existing checkpoint folder, but there is non"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(ModelError, match=r"but it has no config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="such as float32, but got 'int8'"):
+        load_model(tmp_path, dtype="int8")
+
+
+def test_a_corrupted_checkpoint_is_one_error(tiny_folder, tmp_path) -> None:
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="must be a usable checkpoint folder or hub name, but: "):
+        load_model(tmp_path)
+
+
+def test_a_hub_name_that_is_nowhere_is_one_error() -> None:
+    code = "from fusion_lens.models import load_model; load_model('no-such-model')"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "ModelError: no-such-model must be a checkpoint folder or a model of" in done.stderr

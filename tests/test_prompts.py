@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion_lens.errors import ConfigError, SpanError
+from fusion_lens.prompts import (
+    Layout,
+    Template,
+    explanation_prompt,
+    question_prompt,
+    reference_prompt,
+    tokenize,
+)
+
+
+def text_of(model, prompt) -> str:
+    start, stop = prompt.span
+    return model.tokenizer.decode(prompt.tokens[start:stop])
+
+
+def test_the_texts_are_those_of_the_paper(tiny) -> None:
+    assert question_prompt(tiny, "Who?").text == "Question: Who?\nAnswer and explanation:"
+    assert explanation_prompt(tiny, "Who?", "Ada").text == (
+        "Question: Who?\nAnswer: Ada\nExplanation:"
+    )
+    assert reference_prompt(tiny, "Who?", "Ada", "She did.").text == (
+        "Question: Who?\nAnswer and explanation:\nAda\nShe did."
+    )
+
+
+def test_an_empty_explanation_leaves_gold_alone(tiny) -> None:
+    prompt = reference_prompt(tiny, "Who?", "Ada")
+    assert prompt.text == "Question: Who?\nAnswer and explanation:\nAda"
+    assert text_of(tiny, prompt) == "Ada"
+
+
+def test_the_span_is_gold_and_explanation_without_question_and_bos(tiny) -> None:
+    prompt = reference_prompt(tiny, "Who is Ada?", "Ada Lovelace", "She wrote Ada Lovelace.")
+    assert text_of(tiny, prompt) == "Ada Lovelace\nShe wrote Ada Lovelace."
+    assert prompt.pooled == tuple(range(*prompt.span))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(min_size=1, max_size=30).filter(str.strip), st.text(max_size=40))
+def test_every_span_covers_its_answer(tiny, answer: str, explanation: str) -> None:
+    prompt = reference_prompt(tiny, "Who?", answer, explanation)
+    covered = text_of(tiny, prompt)
+    assert answer.rstrip("\n") in covered
+    start, stop = prompt.span
+    assert stop == len(prompt.tokens)
+    assert start > len(question_prompt(tiny, "Who?").tokens) - 2
+
+
+def test_braces_in_a_question_are_text(tiny) -> None:
+    assert "f(x) = {x}" in question_prompt(tiny, "What is f(x) = {x}?").text
+
+
+def test_bos_is_prepended_as_transformer_lens_does_shown_and_never_doubled(tiny) -> None:
+    prompt = tokenize(tiny, "Who?")
+    assert prompt.str_tokens[0] == "<s>"
+    assert prompt.special == (0,)
+    assert list(prompt.tokens) == tiny.to_tokens("Who?")[0].tolist()
+    bare = tokenize(tiny, "Who?", prepend_bos=False)
+    assert bare.special == ()
+    assert bare.tokens == prompt.tokens[1:]
+    assert tokenize(tiny, "<s>Who?").tokens == prompt.tokens
+
+
+def test_special_tokens_inside_a_text_are_special_wherever_they_are(tiny) -> None:
+    prompt = tokenize(tiny, "a</s>b")
+    assert prompt.layout == Layout(4, (0, 2))
+    assert prompt.pooled == (1, 3)
+
+
+def test_a_span_without_tokens_is_an_error(tiny) -> None:
+    with pytest.raises(SpanError, match="must be found in the reference's tokens, but '  '"):
+        reference_prompt(tiny, "Who?", "  ")
+    with pytest.raises(SpanError, match="has no known token"):
+        tokenize(tiny, "Ada", chars=(3, 3))
+
+
+def test_an_answer_the_tokenizer_cannot_write_is_an_error(stories_folder) -> None:
+    from transformers import AutoTokenizer
+
+    from fusion_lens.models import load_model
+
+    model = load_model(stories_folder)
+    model.tokenizer = AutoTokenizer.from_pretrained(stories_folder)
+    prompt = reference_prompt(model, "Who?", "b")
+    assert prompt.span == (len(prompt.tokens) - 1, len(prompt.tokens))
+    model.tokenizer.unk_token = prompt.str_tokens[-1]
+    with pytest.raises(SpanError, match="'b' has no known token; give an answer the tokenizer"):
+        reference_prompt(model, "Who?", "b")
+
+
+def test_a_template_without_its_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the question template must contain {question}"):
+        Template(question="Q:")
+    with pytest.raises(ConfigError, match=r"the reference template must contain {explanation}"):
+        Template(reference="{answer}")
+
+
+def test_a_chat_template_wraps_the_bare_question_on_request(tiny) -> None:
+    template = Template(chat=True)
+    with pytest.raises(ConfigError, match="chat=True needs a tokenizer with a chat template"):
+        question_prompt(tiny, "Who?", template)
+    tiny.tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}model: {% endif %}"
+    )
+    try:
+        prompt = question_prompt(tiny, "Who?", template)
+        assert prompt.text == "<s>user: Who?</s>model: "
+        assert prompt.str_tokens.count("<s>") == 1
+        reference = reference_prompt(tiny, "Who?", "Ada", "Yes.", template)
+        assert reference.text == "<s>user: Who?</s>model: Ada\nYes."
+        assert text_of(tiny, reference) == "Ada\nYes."
+    finally:
+        tiny.tokenizer.chat_template = None
