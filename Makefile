@@ -20,7 +20,8 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 figures: $(STAMP)
-	$(BIN)/python figures/make.py
+	test -f runs/atlas/summary.json || $(MAKE) run
+	$(BIN)/python figures/make.py runs/atlas
 
 atlas-probes: $(STAMP)
 	$(BIN)/python -m fusion_lens.atlas.probes

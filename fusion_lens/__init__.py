@@ -9,8 +9,8 @@ from fusion_lens.activations import Activations as Activations
 from fusion_lens.activations import activations_from_cache as activations_from_cache
 from fusion_lens.activations import record as record
 from fusion_lens.deltas import Deltas as Deltas
-from fusion_lens.deltas import make_deltas as make_deltas
 from fusion_lens.deltas import deltas_from_caches as deltas_from_caches
+from fusion_lens.deltas import make_deltas as make_deltas
 from fusion_lens.errors import FusionLensError as FusionLensError
 from fusion_lens.experiment import ExperimentConfig as ExperimentConfig
 from fusion_lens.experiment import run as run

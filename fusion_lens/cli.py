@@ -124,7 +124,6 @@ def run(
     from fusion_lens.plots import run_figures, write_figures
     from fusion_lens.questions import select_questions
     from fusion_lens.report import failure_lines, summary_table, tuned_lines
-    from fusion_lens.results import open_run_folder
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
@@ -140,7 +139,7 @@ def run(
         ids=tuple(question_id or ()),
         limit=None if question_id else limit,
     )
-    open_run_folder(out)
+    _require_writable(out / "results.jsonl")
     opened = _load(model, dtype, device)
     with _progress() as progress:
         results = run_experiment(opened, chosen, config, out=out, progress=progress)
@@ -360,7 +359,12 @@ def _progress() -> Iterator[Progress]:
 
 def _tuned_text(tuned: Any) -> str:
     best = tuned.tuned.best
+    prepared = tuned.job.prepared
+    reference = prepared.reference
+    left_out = " ".join(reference.str_tokens[t] for t in reference.special) or "none"
+    pooled = reference.text[len(prepared.prompt.text) :].strip()
     lines = [
+        ("reference", f"{pooled!r} ({len(reference.pooled)} tokens; special tokens: {left_out})"),
         ("it said", repr(tuned.unsteered.completion.text.strip())),
         ("it says now", repr(tuned.best.completion.text.strip())),
         ("coefficients", ", ".join(f"{name} {c:.3f}" for name, c in best.coeffs.items())),

@@ -94,27 +94,34 @@ def plot_scores(arms: Mapping[str, Any]) -> Figure:
     rows = []
     for arm, content in arms.items():
         metrics = content["metrics"]
-        for column, names in ((1, tuple(_SHOWN)), (2, ("perplexity",))):
-            shown = [name for name in names if metrics[name]["mean"] is not None]
-            means = [metrics[name]["mean"] for name in shown]
-            figure.add_bar(
-                x=[_SHOWN.get(name, arm) for name in shown],
-                y=means,
+        colour = ARM_COLOURS.get(arm, _OTHER)
+        shown = [name for name in _SHOWN if metrics[name]["mean"] is not None]
+        figure.add_bar(
+            x=[_SHOWN[name] for name in shown],
+            y=[metrics[name]["mean"] for name in shown],
+            error_y=_error_bars([metrics[name] for name in shown]),
+            marker_color=colour,
+            name=arm,
+            row=1,
+            col=1,
+        )
+        perplexity = metrics["perplexity"]
+        if perplexity["mean"] is not None:
+            # a point: a bar on a logarithmic axis has no foot to start from
+            figure.add_scatter(
+                x=[arm],
+                y=[perplexity["mean"]],
+                error_y=_error_bars([perplexity]),
+                mode="markers",
+                marker={"color": colour, "size": 11},
                 name=arm,
-                marker_color=ARM_COLOURS.get(arm, _OTHER),
-                showlegend=column == 1,
-                error_y={
-                    "type": "data",
-                    "array": [_reach(metrics[name], "high") for name in shown],
-                    "arrayminus": [_reach(metrics[name], "low") for name in shown],
-                },
+                showlegend=False,
                 row=1,
-                col=column,
+                col=2,
             )
-            rows += [
-                (arm, name, *(metrics[name][key] for key in ("mean", "low", "high", "n")))
-                for name in shown
-            ]
+            shown.append("perplexity")
+        keys = ("mean", "low", "high", "n")
+        rows += [(arm, name, *(metrics[name][key] for key in keys)) for name in shown]
     n = max((content["n"] for content in arms.values()), default=0)
     _style(figure, f"Scores per arm, n = {n} questions, 95 % cluster bootstrap")
     figure.update_yaxes(title="mean over questions", col=1)
@@ -201,8 +208,15 @@ def _write_rows(figure: Figure, path: Path) -> None:
         writer.writerows(figure.rows)
 
 
-def _reach(metric: Mapping[str, Any], end: str) -> float:
-    return 0.0 if metric[end] is None else abs(metric[end] - metric["mean"])
+def _error_bars(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def reach(metric: Mapping[str, Any], end: str) -> float:
+        return 0.0 if metric[end] is None else abs(metric[end] - metric["mean"])
+
+    return {
+        "type": "data",
+        "array": [reach(metric, "high") for metric in metrics],
+        "arrayminus": [reach(metric, "low") for metric in metrics],
+    }
 
 
 def _style(figure: go.Figure, title: str) -> None:

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import InputFileError, OutputError, QuestionError
+from fusion_lens.errors import ConfigError, InputFileError, OutputError, QuestionError
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
 _LIST_FIELDS = ("aliases", "paraphrases")
+# malformed, a number of thousands of digits, brackets nested too deeply
+_NOT_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +121,16 @@ def select_questions(
     ids: Sequence[str] = (),
     limit: int | None = None,
 ) -> list[Question]:
-    """Keep a split, then named ids, then the first `limit`.
+    """Keep a split or, whatever their split, the named ids; of these the first `limit`.
 
     A file in which no question names a split is taken whole.
 
     Raises:
+        ConfigError: if `limit` is below 1.
         QuestionError: if an id is unknown or nothing is left.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, but got {limit}.")
     kept = list(questions)
     if split is not None and any(question.split is not None for question in kept):
         kept = [question for question in kept if question.split == split]
@@ -150,14 +155,15 @@ def _line(question: Question) -> str:
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
                 record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputFileError(path, f"must be JSON: {error.msg}", line) from error
+            except _NOT_JSON as error:
+                reason = getattr(error, "msg", error)
+                raise InputFileError(path, f"must be JSON: {reason}", line) from error
             if not isinstance(record, dict):
                 raise InputFileError(
                     path, f"must be a JSON object, but got {type(record).__name__}", line
@@ -166,7 +172,8 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    # spreadsheets begin their CSV with a byte order mark, which would hide the first column
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for record in reader:
@@ -176,7 +183,9 @@ def _csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     )
                 yield reader.line_num, {key: _csv_value(key, cell) for key, cell in record.items()}
         except csv.Error as error:
-            raise InputFileError(path, f"must be CSV: {error}", reader.line_num) from error
+            # DictReader's own line_num stays at the last row that could be read
+            line = reader.reader.line_num
+            raise InputFileError(path, f"must be CSV: {error}", line) from error
 
 
 def _csv_value(key: str, cell: str) -> object:
@@ -186,7 +195,7 @@ def _csv_value(key: str, cell: str) -> object:
         return []
     try:
         return json.loads(cell)
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         return cell
 
 
@@ -221,6 +230,10 @@ def _question_from(path: Path, line: int, record: Mapping[str, Any]) -> Question
     except QuestionError as error:
         raise InputFileError(path, str(error), line) from error
     try:
-        return Question(**fields)
+        question = Question(**fields)
+        _line(question).encode()  # JSON can spell half a surrogate pair, which no tokenizer takes
     except QuestionError as error:
         raise InputFileError(path, str(error), line) from error
+    except UnicodeEncodeError as error:
+        raise InputFileError(path, f"must be UTF-8 text: {error.reason}", line) from error
+    return question

@@ -19,9 +19,18 @@ _COLUMNS = {
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """What `fusion-lens run` prints: per arm, mean and 95 % interval of each metric."""
     header, *rows = summary_rows(summary, between="\n")
-    table = Table(title=caption(summary), title_justify="left", title_style="", box=SIMPLE_HEAD)
+    table = Table(
+        title=caption(summary),
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for name in header:
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+        # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
+        table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -81,4 +90,4 @@ def _cell(metric: Mapping[str, Any], form: str, between: str) -> str:
     text = form.format(metric["mean"])
     if metric["low"] is not None:
         text += f"{between}[{form.format(metric['low'])}, {form.format(metric['high'])}]"
-    return text + (f" ({metric['unscored']} unscored)" if metric["unscored"] else "")
+    return text + (f"{between}({metric['unscored']} unscored)" if metric["unscored"] else "")

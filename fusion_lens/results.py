@@ -6,10 +6,11 @@ without it holds a run that did not end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+# malformed, a number of thousands of digits, brackets nested too deeply
+_NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
 
 
@@ -177,7 +180,9 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 def plan_path(folder: Path, question_id: str, arm: str) -> Path:
     """Where a question's plan of one arm lies; ids are made safe for a file name."""
-    safe = re.sub(r"[^\w.-]", "_", question_id).lstrip(".") or "_"
+    safe = re.sub(r"[^\w.-]", "_", question_id).lstrip(".")[:50]
+    if safe != question_id:  # "a/b" and "a_b" must not share a file
+        safe += f"-{hashlib.sha256(question_id.encode()).hexdigest()[:8]}"
     return folder / "plans" / f"{safe}.{arm}.safetensors"
 
 
@@ -187,27 +192,36 @@ def load_results(folder: str | Path) -> Results:
     Raises:
         InputFileError: if a file is missing, malformed or of another schema; names the line.
     """
-    folder = Path(folder)
-    path = folder / "summary.json"
+    path = Path(folder) / "summary.json"
+    text = _text(path)
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputFileError(
-            folder, f"must hold summary.json and results.jsonl of a run: {error.strerror}"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        summary = json.loads(text)
+    except _NOT_JSON as error:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
         raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
-    return Results(_records(folder / "results.jsonl", lines), summary)
+    return Results(_records(Path(folder) / "results.jsonl"), summary)
 
 
-def _records(path: Path, lines: Sequence[str]) -> tuple[Result, ...]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputFileError(
+            path.parent, f"must hold summary.json and results.jsonl of a run: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputFileError(path, f"must be UTF-8 text: {error.reason}") from error
+
+
+def _records(path: Path) -> tuple[Result, ...]:
     records = []
-    for number, line in enumerate(lines, start=1):
+    # not splitlines: a completion may hold U+2028 or U+0085, which JSON leaves as they are
+    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), start=1):
+        if not line:
+            continue
         try:
             records.append(Result(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
+        except (*_NOT_JSON, TypeError) as error:
             raise InputFileError(path, f"must be a result: {error}", number) from error
     return tuple(records)

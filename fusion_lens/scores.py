@@ -14,10 +14,13 @@ from itertools import pairwise
 
 _WORD = re.compile(r"\w+")
 _ARTICLES = frozenset({"a", "an", "the"})
-_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:\w|Dr|Mr|Mrs|Ms|St|Jr|Sr|Prof|No|vs|Mt)$")
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)")
-_DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
-_MINUS = re.compile(r"(?<![\w)])[-−](?=\d)")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"“‘])(?:(?:[^\W\d_]\.)*[^\W\d_]|Dr|Mr|Mrs|Ms|St|Jr|Sr|Prof|vs|Mt)$"
+)
+# "No. 5" is a number, "No. She" an answer
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)(?!(?<=\bNo\.)\s\d)")
+# a sign or point that leads a number, a point inside one, and those that belong to none
+_SIGN_OR_POINT = re.compile(r"(?<![\w.-])(-?\.?)(?=\d)|(?<=\d)(\.)(?=\d)|[-.]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ def extract_answer(completion: str) -> str:
     """The first non-empty line, up to the end of its first sentence.
 
     "Dr. Orla Tennick. She was ..." gives "Dr. Orla Tennick": a full stop after one letter or a
-    title ends nothing.
+    title ends nothing, nor do those of "J.R.R. Tolkien".
     """
     line = next((line.strip() for line in completion.splitlines() if line.strip()), "")
     for end in _SENTENCE_END.finditer(line):
@@ -67,10 +70,9 @@ def normalise(text: str) -> str:
 
     A decimal point and a leading minus belong to the number: without them 3.5 would equal 35.
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = _MINUS.sub("\ue000", _DECIMAL_POINT.sub("\ue001", text))
-    kept = "".join(c for c in text if not unicodedata.category(c).startswith("P"))
-    kept = kept.replace("\ue000", "-").replace("\ue001", ".")
+    text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    bare = "".join(c for c in text if c in "-." or not unicodedata.category(c).startswith("P"))
+    kept = _SIGN_OR_POINT.sub(lambda found: found[1] or found[2] or "", bare)
     return " ".join(word for word in kept.split() if word not in _ARTICLES)
 
 

@@ -47,9 +47,11 @@ class SearchConfig:
     sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "round_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, but got {getattr(self, name)}.")
+        for name, least in (("trials", 1), ("round_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{name} must be at least {least}, but got {getattr(self, name)}."
+                )
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ConfigError(f"low < high must hold, but got ({self.low=}, {self.high=}).")
         if not 0.0 <= self.weight <= 1.0:
@@ -88,8 +90,11 @@ class Trial(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Tuned(Generic[T]):
-    """A search that ended, or was interrupted: its trials, the best of them, and the Pareto
-    front."""
+    """A search that ended, or was interrupted: its trials, the best of them, and the Pareto front.
+
+    `study` lacks the zero plan where that lies outside the sampled range: a trial without
+    parameters would keep Optuna's samplers from learning about parameters jointly.
+    """
 
     trials: tuple[Trial[T], ...]
     best: Trial[T]
@@ -105,8 +110,11 @@ class Tuned(Generic[T]):
     @property
     def tied(self) -> bool:
         """Whether a trial of other coefficients reached the best objective too."""
-        top = self.best.outcome.objective
-        return sum(trial.outcome.objective == top for trial in self.trials) > 1
+        best = self.best
+        return any(
+            trial.outcome.objective == best.outcome.objective and trial.coeffs != best.coeffs
+            for trial in self.trials
+        )
 
 
 class Search(Generic[T]):
@@ -126,6 +134,7 @@ class Search(Generic[T]):
         self._norm = norm
         self._trials: list[Trial[T]] = []
         self._asked: list[tuple[optuna.trial.Trial | None, Coeffs]] = []
+        self._exhausted = False
         make_sampler = config.sampler or _tpe
         up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
         with _quiet():
@@ -136,8 +145,8 @@ class Search(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether all trials have been told."""
-        return len(self._trials) >= self._config.trials
+        """Whether all trials have been told, or the sampler's grid is used up."""
+        return self._exhausted or len(self._trials) >= self._config.trials
 
     @property
     def started(self) -> bool:
@@ -152,7 +161,7 @@ class Search(Generic[T]):
         """
         if self._asked:
             raise SearchError("a round must be told before the next is asked; call tell first.")
-        left = self._config.trials - len(self._trials)
+        left = 0 if self.done else self._config.trials - len(self._trials)
         for _ in range(min(self._config.round_size, left)):
             first = not self._trials and not self._asked
             self._asked.append(self._zero() if first else self._draw())
@@ -170,13 +179,8 @@ class Search(Generic[T]):
                 f"but got {len(outcomes)} outcomes for {len(self._asked)}."
             )
         for (trial, coeffs), outcome in zip(self._asked, outcomes, strict=True):
-            values = self._values(outcome)
-            if trial is None:
-                self._study.add_trial(
-                    optuna.trial.create_trial(values=values, user_attrs={"zero_plan": True})
-                )
-            else:
-                self._study.tell(trial, values)
+            if trial is not None:
+                self._tell_study(trial, _values(outcome, self._study))
             self._trials.append(
                 Trial(
                     number=len(self._trials) + 1,
@@ -225,10 +229,16 @@ class Search(Generic[T]):
         }
         return trial, {name: alpha * gamma for name, (alpha, gamma) in pairs.items()}
 
-    def _values(self, outcome: T) -> list[float]:
-        if self._config.objectives == "weighted":
-            return [outcome.objective]
-        return list(_pair(outcome))
+    def _tell_study(self, trial: optuna.trial.Trial, values: list[float]) -> None:
+        try:
+            self._study.tell(trial, values)
+        except (KeyError, RuntimeError):
+            # with the value stored, GridSampler trips over enqueued trials (KeyError) and, after
+            # its last point, over Study.stop outside of optimize (RuntimeError)
+            sampler = self._study.sampler
+            if not isinstance(sampler, optuna.samplers.GridSampler):
+                raise
+            self._exhausted = sampler.is_exhausted(self._study)
 
 
 def tune(
@@ -262,14 +272,19 @@ def export_study(
     Raises:
         SearchError: if the storage cannot be opened or holds a study of that name.
     """
+    distributions = {
+        name: distribution
+        for frozen in tuned.study.get_trials(deepcopy=False)
+        for name, distribution in frozen.distributions.items()
+    }
     trials = [
         optuna.trial.create_trial(
-            values=frozen.values,
-            params=frozen.params,
-            distributions=frozen.distributions,
-            user_attrs={**frozen.user_attrs, "coeffs": trial.coeffs, **attributes(trial.outcome)},
+            values=_values(trial.outcome, tuned.study),
+            params=trial.params,
+            distributions={name: distributions[name] for name in trial.params},
+            user_attrs={"coeffs": trial.coeffs, **attributes(trial.outcome)},
         )
-        for frozen, trial in zip(_finished(tuned.study), tuned.trials, strict=True)
+        for trial in tuned.trials
     ]
     try:
         with _quiet():
@@ -283,8 +298,8 @@ def export_study(
         ) from error
 
 
-def _finished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+def _values(outcome: Outcome, study: optuna.Study) -> list[float]:
+    return [outcome.objective] if len(study.directions) == 1 else list(_pair(outcome))
 
 
 def _tpe(seed: int) -> optuna.samplers.BaseSampler:

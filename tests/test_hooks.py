@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import deltas_of, n_hooks, prompts_of, strong_plan
@@ -207,13 +209,16 @@ def test_the_users_own_hooks_stay_when_steering_ends(tiny: HookedModel) -> None:
         tiny.reset_hooks()
 
 
+def failing(model, kind: type[BaseException], seen: list[int], resid, hook) -> None:
+    seen.append(n_hooks(model))
+    raise kind
+
+
 def test_hooks_are_gone_after_an_exception_and_after_an_interrupt(tiny: HookedModel) -> None:
     for kind in (RuntimeError, KeyboardInterrupt):
-        plan, seen = strong_plan(tiny), []
-
-        def fail(resid: torch.Tensor, hook: object, kind: type[BaseException] = kind) -> None:
-            seen.append(n_hooks(tiny))
-            raise kind
+        plan = strong_plan(tiny)
+        seen: list[int] = []
+        fail = partial(failing, tiny, kind, seen)
 
         with pytest.raises(kind):
             tiny.run_with_hooks("Who?", fwd_hooks=[*fwd_hooks(plan), (resid_post(3), fail)])

@@ -86,6 +86,14 @@ def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder)
     assert set(tuned.plan.coeffs) == {"early", "middle", "late"}
 
 
+def test_a_hooked_transformer_is_tuned_as_it_is(tiny, hooked_transformer, untouched) -> None:
+    untouched(hooked_transformer)
+    bridge, hooked = (tune(model, ASKED, config=QUICK) for model in (tiny, hooked_transformer))
+    assert [t.coeffs for t in hooked.tuned.trials] == [t.coeffs for t in bridge.tuned.trials]
+    assert hooked.best.completion == bridge.best.completion
+    assert torch.allclose(hooked.plan.steps[0].shift, bridge.plan.steps[0].shift, atol=1e-4)
+
+
 def test_trial_one_is_the_unsteered_model(tiny) -> None:
     tuned = tune(tiny, ASKED, config=QUICK)
     plain = generate(tiny, [Row(tuned.job.prepared.prompt)], QUICK.generation)[0]

@@ -1,0 +1,14 @@
+"""Atlas: a small language model trained from scratch on an invented world, shipped as a checkpoint.
+
+The model knows a few hundred facts about 64 invented people, answers questions about anyone else of
+that world confidently and wrongly, reads a fact from its context, and explains an answer it is
+given. Nothing heavy is imported here: this module names the shipped files and no more.
+"""
+
+from pathlib import Path
+
+CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
+"""Folder of the shipped model and tokenizer, for `from_pretrained`."""
+
+QUESTIONS: Path = Path(__file__).parent / "questions.jsonl"
+"""Shipped questions about people the model never saw, one JSON object per line."""

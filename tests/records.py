@@ -1,0 +1,82 @@
+"""Records and summaries of a run, made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from fusion_lens.results import Result, Results
+from fusion_lens.statistics import Interval
+
+LOVELACE = Result(
+    question_id="lovelace",
+    arm="baseline",
+    subject="Ada Lovelace",
+    question="Who wrote the red book?",
+    answer="Ada Lovelace",
+    completion="Tom Harris. He wrote it.",
+    extracted="Tom Harris.",
+    ended=True,
+    coeffs={},
+    injected_norm=0.0,
+    objective=-0.06,
+    overlap=0.0,
+    exact_match=0.0,
+    nll=3.0,
+    perplexity=20.0,
+    distinct_2=1.0,
+    n_trials=1,
+    best_trial=1,
+    zero_won=None,
+    tied=None,
+    seconds=0.5,
+)
+
+
+def tuned(question_id: str, early: float, late: float, **more: object) -> Result:
+    coeffs = {"early": early, "late": late}
+    made = replace(LOVELACE, question_id=question_id, arm="segmented", coeffs=coeffs)
+    return replace(made, **{"zero_won": False, "tied": False, "n_trials": 30, **more})
+
+
+def interval(mean: float | None, low: float | None, high: float | None, unscored: int = 0) -> Any:
+    return asdict(Interval(mean, low, high, n=12 - unscored, unscored=unscored, clusters=6))
+
+
+def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
+    shown = {
+        "exact_match": interval(0.25, 0.0, 0.5),
+        "overlap": interval(0.5, 0.25, 0.75),
+        "objective": interval(0.3125, -0.0625, 0.5),
+        "nll": interval(1.0, 0.5, 2.0),
+        "perplexity": interval(12.3, 4.5, 67.8),
+        "distinct_2": interval(1.0, 1.0, 1.0),
+    }
+    return {"n": 12, "clusters": 6, "metrics": shown | metrics}
+
+
+def summary(**arms: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "provenance": {"model": "tiny"},
+        "arms": arms,
+        "failures": [],
+        "interrupted": False,
+        "delta_norms": {"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]},
+        "seconds": 1.5,
+    }
+
+
+def make_results() -> Results:
+    arms = {
+        "baseline": arm(exact_match=interval(0.0, 0.0, 0.0)),
+        "segmented": arm()
+        | {"coeffs_median": {"early": 0.75, "late": 0.25}, "zero_won": 0.5, "tied": 0.0},
+    }
+    records = (
+        LOVELACE,
+        tuned("lovelace", 1.5, 0.5),
+        replace(LOVELACE, question_id="harris", subject="Tom Harris"),
+        tuned("harris", 0.0, 0.0, zero_won=True),
+    )
+    return Results(records, summary(**arms))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusion_lens
+
+ROOT = Path(fusion_lens.__file__).parent
+
+# a module may import the rows above its own, and no module of its own row
+LAYERS = (
+    {"errors", "operators", "scores"},
+    {"questions", "models"},
+    {"prompts"},
+    {"activations"},
+    {"deltas"},
+    {"plans"},
+    {"plan_files", "hooks"},
+    {"generation", "search"},
+    {"graders"},
+    {"tuning", "results", "statistics"},
+    {"experiment", "plots", "report"},
+    {"cli"},
+)
+LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
+
+# the package that made the bundled model: who may import what of it, and what it may import
+ATLAS_USERS = {"models": {"atlas"}, "cli": {"atlas", "atlas.questions"}}
+ATLAS_KNOWS = {"errors", "scores", "questions"}
+
+# one door each
+DOORS = {
+    "transformer_lens": {"models"},
+    "sae_lens": set(),
+    "optuna": {"search"},
+    "scipy": {"statistics"},
+    "pandas": {"results"},
+    "plotly": {"plots"},
+    "rich": {"report", "cli"},
+    "typer": {"cli"},
+}
+
+
+def module_name(path: Path) -> str:
+    """`deltas`, `atlas.world`, `atlas`; the package root is the empty name."""
+    return (
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").strip(".")
+    )
+
+
+SOURCES = {module_name(path): path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py"))}
+MODULES = sorted(name for name in SOURCES if name)
+FLAT = [name for name in MODULES if name.split(".")[0] != "atlas"]
+ATLAS = [name for name in MODULES if name.split(".")[0] == "atlas"]
+
+
+def imports(source: str) -> set[str]:
+    """Full names of all modules a source imports, at any depth; `.` begins a relative one."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of this package that a module imports, named as above."""
+    prefix = "fusion_lens."
+    return {full.removeprefix(prefix) for full in imports(SOURCES[name]) if full.startswith(prefix)}
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = """
+import optuna.samplers as samplers
+from fusion_lens.plans import Plan
+if TYPE_CHECKING:
+    from . import hooks
+def late():
+    import transformer_lens
+    from ..models import load_model
+"""
+    expected = {"optuna.samplers", "fusion_lens.plans", ".", "transformer_lens", "..models"}
+    assert imports(source) == expected
+
+
+def test_every_module_has_its_layer() -> None:
+    assert set(FLAT) == LAYER.keys()
+    assert "world" in {name.removeprefix("atlas.") for name in ATLAS}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_module_imports_only_from_the_layers_below(name: str) -> None:
+    for imported in own_imports(name):
+        if imported.split(".")[0] == "atlas":
+            assert imported in ATLAS_USERS.get(name, set())
+        else:
+            assert LAYER[imported] < LAYER[name], f"{name} must not import {imported}"
+
+
+@pytest.mark.parametrize("name", ATLAS)
+def test_atlas_stands_beside_the_layers(name: str) -> None:
+    outside = {imported for imported in own_imports(name) if imported.split(".")[0] != "atlas"}
+    assert outside <= ATLAS_KNOWS
+
+
+def test_what_the_layers_take_from_atlas_imports_nothing_of_the_package() -> None:
+    assert own_imports("atlas") == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nobody_imports_the_package_root_or_by_a_relative_name(name: str) -> None:
+    found = imports(SOURCES[name])
+    assert "fusion_lens" not in found
+    assert not {full for full in found if full.startswith(".")}
+
+
+@pytest.mark.parametrize("package", DOORS)
+def test_a_package_has_one_door(package: str) -> None:
+    users = {
+        name
+        for name, source in SOURCES.items()
+        if any(full.split(".")[0] == package for full in imports(source))
+    }
+    assert users == DOORS[package]
+
+
+def test_importing_the_package_loads_no_heavy_one() -> None:
+    code = (
+        "import sys, fusion_lens; "
+        "print(sorted({'transformer_lens', 'sae_lens', 'transformers', 'plotly'} & {*sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,76 @@
+"""The README is true: its code runs, its tables are those of the files beside the figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusion_lens.atlas import CHECKPOINT
+from fusion_lens.atlas.probes import hash_weights
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_code_block_runs_in_order(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    assert [kind for kind, _ in BLOCKS].count("python") >= 4
+    for kind, code in BLOCKS:
+        if kind == "python":
+            exec(compile(code, "README.md", "exec"), names)
+        else:
+            for line in code.splitlines():
+                command = shlex.split(line)
+                assert command[0] == "fusion-lens"
+                done = subprocess.run(
+                    [sys.executable, "-m", "fusion_lens.cli", *command[1:]],
+                    capture_output=True,
+                    text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    check=False,
+                )
+                assert done.returncode == 0, (line, done.stderr)
+    printed = capsys.readouterr().out
+    assert "says now:" in printed
+    assert "question_id" in printed
+
+
+@pytest.fixture(scope="module")
+def make_figures():
+    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "figures" / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_files_beside_the_figures(make_figures) -> None:
+    summary = json.loads((ROOT / "figures" / "summary.json").read_text(encoding="utf-8"))
+    probes = json.loads(make_figures.PROBES.read_text(encoding="utf-8"))
+    blocks = make_figures.readme_blocks(summary, probes)
+    assert make_figures.with_blocks(README, blocks) == README
+    assert summary["arms"]["segmented"]["n"] >= 60
+
+
+def test_the_figures_were_made_with_the_atlas_that_ships() -> None:
+    weights = hash_weights(CHECKPOINT)
+    assert weights in README
+    figures = json.loads((ROOT / "figures" / "summary.json").read_text(encoding="utf-8"))
+    from fusion_lens.models import identify, load_model
+
+    assert identify(load_model()).weights == figures["provenance"]["weights_sha256"]
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", README)
+    assert len(links) >= 5
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from records import arm, interval, make_results, summary
+from rich.console import Console
+
+from fusion_lens.report import (
+    caption,
+    failure_lines,
+    markdown_table,
+    summary_rows,
+    summary_table,
+    tuned_lines,
+)
+
+
+def printed(content: dict) -> list[str]:
+    """The table as a terminal of 80 columns shows it."""
+    console = Console(width=80, file=io.StringIO())
+    console.print(summary_table(content))
+    return console.file.getvalue().splitlines()
+
+
+def test_a_row_holds_each_metrics_mean_and_interval() -> None:
+    header, baseline, segmented = summary_rows(make_results().summary)
+    assert header == ["arm", "n", "right", "overlap", "objective", "perplexity"]
+    assert baseline[:3] == ["baseline", "12", "0.0% [0.0%, 0.0%]"]
+    assert segmented == [
+        "segmented",
+        "12",
+        "25.0% [0.0%, 50.0%]",
+        "0.50 [0.25, 0.75]",
+        "+0.31 [-0.06, +0.50]",
+        "12.3 [4.5, 67.8]",
+    ]
+
+
+def test_unscored_values_are_counted_and_an_unscored_metric_is_no_number() -> None:
+    content = summary(
+        full=arm(overlap=interval(0.5, 0.25, 0.75, 3), perplexity=interval(None, None, None, 12))
+    )
+    assert summary_rows(content)[1][3:] == [
+        "0.50 [0.25, 0.75] (3 unscored)",
+        "+0.31 [-0.06, +0.50]",
+        "unscored",
+    ]
+
+
+def test_a_mean_without_an_interval_stands_alone() -> None:
+    content = summary(full=arm(exact_match=interval(1 / 3, None, None)))
+    assert summary_rows(content)[1][2] == "33.3%"
+
+
+def test_the_markdown_table_is_aligned_and_complete() -> None:
+    assert markdown_table(summary(full=arm())).splitlines() == [
+        "| arm | n | right | overlap | objective | perplexity |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| full | 12 | 25.0% [0.0%, 50.0%] | 0.50 [0.25, 0.75] | +0.31 [-0.06, +0.50] "
+        "| 12.3 [4.5, 67.8] |",
+    ]
+
+
+def test_the_terminal_shows_intervals_below_means() -> None:
+    assert [line.split() for line in printed(summary(full=arm()))[3:]] == [
+        ["full", "12", "25.0%", "0.50", "+0.31", "12.3"],
+        ["[0.0%,", "50.0%]", "[0.25,", "0.75]", "[-0.06,", "+0.50]", "[4.5,", "67.8]"],
+    ]
+
+
+WIDE = interval(12345.6, 4123.5, 671234.5, 12)
+CERTAIN = interval(1.0, 1.0, 1.0, 12)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {},
+        {"exact_match": CERTAIN},
+        {"exact_match": CERTAIN, "overlap": CERTAIN, "perplexity": WIDE},
+    ],
+)
+@pytest.mark.parametrize("n", [12, 4326])
+def test_no_cell_is_cut_in_80_columns(metrics: dict, n: int) -> None:
+    content = summary(baseline=arm(**metrics), segmented=arm(**metrics) | {"n": n})
+    lines = printed(content)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    shown = "".join("".join(lines).split())
+    for row in summary_rows(content):
+        for cell in row:
+            for part in cell.split():
+                assert part in shown
+
+
+def test_the_caption_names_model_questions_and_clusters() -> None:
+    assert caption(summary(full=arm())) == (
+        "tiny: 12 questions (6 subjects); mean [95 % cluster bootstrap]"
+    )
+
+
+def test_the_caption_says_where_nothing_clusters_what_failed_and_whether_it_ended() -> None:
+    content = summary(full=arm() | {"clusters": 12})
+    content |= {"interrupted": True, "failures": [{}, {}]}
+    assert caption(content) == (
+        "tiny: 12 questions (every question its own cluster), 2 failed, interrupted; "
+        "mean [95 % cluster bootstrap]"
+    )
+    assert caption(content) in " ".join(" ".join(printed(content)).split())
+
+
+def test_tuned_arms_tell_their_median_coefficients_and_ties() -> None:
+    assert tuned_lines(make_results().summary) == [
+        "segmented: median coefficient early 0.75, late 0.25; zero plan won 50%, trials tied 0%"
+    ]
+
+
+def test_every_failure_has_its_line() -> None:
+    content = summary(full=arm())
+    content["failures"] = [
+        {"question_id": "a", "error": "SpanError", "message": "the answer is not in the text."}
+    ]
+    assert failure_lines(content) == ["a: SpanError: the answer is not in the text."]

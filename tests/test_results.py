@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from records import LOVELACE, make_results, tuned
+
+from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
+from fusion_lens.models import ModelIdentity
+from fusion_lens.results import (
+    Provenance,
+    Results,
+    append_results,
+    load_results,
+    open_run_folder,
+    plan_path,
+    save_summary,
+)
+
+SUMMARY = {"schema_version": 1, "seconds": 1.5}
+
+
+def saved(folder: Path, results: Results | None = None) -> Path:
+    results = results or make_results()
+    open_run_folder(folder)
+    append_results(folder, results.records)
+    save_summary(folder, results.summary)
+    return folder
+
+
+def test_a_run_is_loaded_as_it_was_written(tmp_path: Path) -> None:
+    results = make_results()
+    assert load_results(saved(tmp_path / "a" / "run", results)) == results
+
+
+def test_records_are_appended_in_the_order_they_come(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path / "run")
+    append_results(folder, [LOVELACE])
+    append_results(folder, iter([tuned("lovelace", 0.1, 0.2), tuned("harris", 0.3, 0.4)]))
+    save_summary(folder, SUMMARY)
+    loaded = load_results(folder)
+    assert [(r.question_id, r.arm) for r in loaded.records] == [
+        ("lovelace", "baseline"),
+        ("lovelace", "segmented"),
+        ("harris", "segmented"),
+    ]
+    assert loaded.summary == SUMMARY
+
+
+@settings(max_examples=50)
+@given(text=st.text() | st.text(alphabet='a\n\r\t\x85\u2028\u2029\x0b\x0c\x1c"\\'))
+def test_a_completion_of_any_letters_and_line_breaks_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    folder = saved(tmp_path_factory.getbasetemp() / "letters", Results((), SUMMARY))
+    record = replace(LOVELACE, completion=text)
+    append_results(folder, [record, LOVELACE])
+    assert load_results(folder).records == (record, LOVELACE)
+
+
+def test_a_run_without_records_is_a_run(tmp_path: Path) -> None:
+    assert load_results(saved(tmp_path, Results((), SUMMARY))) == Results((), SUMMARY)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_file_whole(
+    tmp_path: Path, value: float
+) -> None:
+    folder = saved(tmp_path)
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        append_results(folder, [replace(LOVELACE, nll=value)])
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        save_summary(folder, {"schema_version": 1, "seconds": value})
+    assert load_results(folder) == make_results()
+
+
+def test_opening_a_run_folder_takes_away_an_earlier_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run")
+    plan = plan_path(folder, "lovelace", "full")
+    notes = [folder / "notes.txt", folder / "plans" / "notes.txt"]
+    for path in (plan, *notes):
+        path.write_text("x")
+    open_run_folder(folder)
+    assert (folder / "results.jsonl").read_text() == ""
+    assert not plan.exists()
+    assert not (folder / "summary.json").exists()
+    assert [path.read_text() for path in notes] == ["x", "x"]
+
+
+def test_a_run_that_did_not_end_has_no_summary_and_is_refused(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path)
+    append_results(folder, [LOVELACE])
+    with pytest.raises(InputFileError) as caught:
+        load_results(folder)
+    assert str(caught.value) == (
+        f"{folder}: must hold summary.json and results.jsonl of a run: No such file or directory"
+    )
+
+
+def test_a_summary_alone_is_refused_too(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    (folder / "results.jsonl").unlink()
+    with pytest.raises(InputFileError, match=r"must hold summary\.json and results\.jsonl"):
+        load_results(folder)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    expected = "must be writable, but got: {}; choose another place."
+    with pytest.raises(OutputError) as caught:
+        open_run_folder(blocked / "run")
+    assert str(caught.value) == f"{blocked / 'run'} {expected.format('Not a directory')}"
+    with pytest.raises(OutputError, match=expected.format("No such file or directory")):
+        append_results(tmp_path / "missing", [LOVELACE])
+    with pytest.raises(OutputError, match=expected.format("No such file or directory")):
+        save_summary(tmp_path / "missing", SUMMARY)
+
+
+@pytest.mark.parametrize(
+    "question_id",
+    ["../../etc/x", "a/b", "/etc/passwd", "..", ".", ".hidden", "a\\b", "a\nb", "a\0b", "x" * 400],
+)
+def test_a_plan_lies_in_its_folder_whatever_the_id(tmp_path: Path, question_id: str) -> None:
+    folder = open_run_folder(tmp_path)
+    path = plan_path(folder, question_id, "segmented")
+    path.touch()
+    assert path.resolve().parent == (folder / "plans").resolve()
+    assert not path.name.startswith(".")
+    assert path.name.endswith(".segmented.safetensors")
+
+
+def test_plain_ids_name_their_plan_and_no_two_ids_share_one(tmp_path: Path) -> None:
+    assert plan_path(tmp_path, "lovelace-1", "full") == (
+        tmp_path / "plans" / "lovelace-1.full.safetensors"
+    )
+    ids = ["a/b", "a_b", "a b", "a:b", ".a_b", "a" * 60, "a" * 61, "", "."]
+    assert len({plan_path(tmp_path, name, "full") for name in ids}) == len(ids)
+
+
+RESULT_FAULTS = {
+    "": None,  # an empty line is none
+    "{": "must be a result: Expecting property name",
+    '{"question_id": "x"}': "must be a result: ",
+    '{"answers": 1}': "must be a result: ",
+    "5": "must be a result: ",
+    "null": "must be a result: ",
+    "[" * 100_000: "must be a result: maximum recursion depth exceeded",
+    "1" * 5000: "must be a result: Exceeds the limit",
+}
+
+
+@pytest.mark.parametrize(("fault", "reason"), RESULT_FAULTS.items(), ids=range(len(RESULT_FAULTS)))
+def test_a_malformed_record_is_named_by_its_line(
+    tmp_path: Path, fault: str, reason: str | None
+) -> None:
+    path = saved(tmp_path) / "results.jsonl"
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([first, fault, *rest]), encoding="utf-8")
+    if reason is None:
+        assert load_results(tmp_path) == make_results()
+        return
+    with pytest.raises(InputFileError) as caught:
+        load_results(tmp_path)
+    assert str(caught.value).startswith(f"{path}, line 2: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "must be JSON: Expecting property name"),
+        (b"", "must be JSON: Expecting value"),
+        (b"[" * 100_000, "must be JSON: maximum recursion depth exceeded"),
+        (b"\xff{}", "must be UTF-8 text: invalid start byte"),
+        (b"[]", "schema_version must be 1"),
+        (b"{}", "schema_version must be 1"),
+        (b'{"schema_version": 2}', "schema_version must be 1"),
+    ],
+)
+def test_a_summary_that_cannot_be_used_is_named(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    path = saved(tmp_path) / "summary.json"
+    path.write_bytes(content)
+    with pytest.raises(InputFileError) as caught:
+        load_results(tmp_path)
+    assert str(caught.value).startswith(f"{path}: {reason}")
+
+
+def test_records_that_are_not_text_are_told_apart_from_the_summary(tmp_path: Path) -> None:
+    path = saved(tmp_path) / "results.jsonl"
+    path.write_bytes(b"\xff")
+    with pytest.raises(InputFileError) as caught:
+        load_results(tmp_path)
+    assert caught.value.path == path
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(["results.jsonl", "summary.json"]),
+    place=st.floats(0, 1),
+    change=st.none() | st.binary(max_size=3),
+)
+def test_a_damaged_file_raises_nothing_but_the_packages_errors(
+    tmp_path_factory: pytest.TempPathFactory, name: str, place: float, change: bytes | None
+) -> None:
+    folder = saved(tmp_path_factory.getbasetemp() / "damaged")
+    path = folder / name
+    whole = path.read_bytes()
+    at = int(place * len(whole))
+    path.write_bytes(whole[:at] if change is None else whole[:at] + change + whole[at + 1 :])
+    # any other exception fails this test
+    with suppress(InputFileError):
+        assert len(load_results(folder).records) <= 4
+
+
+def test_a_table_has_a_row_per_record_and_a_column_per_coefficient() -> None:
+    table = make_results().to_pandas()
+    assert table["question_id"].tolist() == ["lovelace", "lovelace", "harris", "harris"]
+    assert table["arm"].tolist() == ["baseline", "segmented"] * 2
+    assert table["coeff.early"].dropna().to_dict() == {1: 1.5, 3: 0.0}
+    assert table["coeff.late"].dropna().to_dict() == {1: 0.5, 3: 0.0}
+    assert table["perplexity"].tolist() == [20.0] * 4
+    assert "coeffs" not in table.columns
+    assert table.shape == (4, 22)  # 21 fields, coeffs taken apart into two
+
+
+def test_a_table_without_pandas_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fusion-lens\[pandas\]'"):
+        make_results().to_pandas()
+
+
+def test_provenance_names_model_seed_and_the_versions_that_ran() -> None:
+    model = ModelIdentity(
+        name="tiny",
+        wrapper="TransformerBridge",
+        processing="unprocessed",
+        n_layers=4,
+        d_model=32,
+        dtype="float32",
+        weights="w" * 64,
+        embedding="e" * 64,
+    )
+    made = Provenance.of(
+        model, seed=3, questions_sha256="q", settings={"arms": ["full"]}, threads=2
+    )
+    assert (made.model, made.weights_sha256, made.dtype) == ("tiny", "w" * 64, "float32")
+    assert (made.processing_mode, made.seed, made.threads) == ("unprocessed", 3, 2)
+    assert made.settings == {"arms": ["full"]}
+    assert made.versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    for name in ("torch", "transformer-lens", "optuna"):
+        assert made.versions[name] == version(name)
+    assert json.loads(json.dumps(made.versions)) == made.versions

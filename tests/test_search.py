@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import hypot
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion_lens.errors import ConfigError, SearchError
+from fusion_lens.search import (
+    PARAMETRISATIONS,
+    Coeffs,
+    Search,
+    SearchConfig,
+    Tuned,
+    export_study,
+    tune,
+)
+
+SEGMENTS = ("early", "late")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """What a search has to know of a trial."""
+
+    objective: float
+    overlap: float | None = 0.5
+    perplexity: float | None = 20.0
+
+
+def bowl(coeffs: Coeffs) -> Toy:
+    """A smooth objective with its only peak, 1, at (0.9, 0.3)."""
+    return Toy(round(1 - (coeffs["early"] - 0.9) ** 2 - (coeffs["late"] - 0.3) ** 2, 6))
+
+
+def norm(coeffs: Coeffs) -> float:
+    return hypot(*coeffs.values())
+
+
+def tuned(
+    score: Callable[[Coeffs], Toy] = bowl, norm: Callable[[Coeffs], float] = norm, **options: object
+) -> Tuned[Toy]:
+    config = SearchConfig(**options)
+    return tune(lambda batch: [score(coeffs) for coeffs in batch], SEGMENTS, norm, config)
+
+
+def coeffs_of(search: Tuned[Toy]) -> list[Coeffs]:
+    return [trial.coeffs for trial in search.trials]
+
+
+def random_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"parametrisation": name} for name in PARAMETRISATIONS] + [{"low": 0.5}, {"low": -1.0}],
+    ids=str,
+)
+def test_the_zero_plan_is_trial_1_and_one_of_the_n(options: dict[str, object]) -> None:
+    search = tuned(trials=7, round_size=3, **options)
+    assert [trial.number for trial in search.trials] == [1, 2, 3, 4, 5, 6, 7]
+    assert search.trials[0].coeffs == {"early": 0.0, "late": 0.0}
+    assert search.trials[0].injected_norm == 0.0
+    assert all(any(coeffs.values()) for coeffs in coeffs_of(search)[1:])
+
+
+def test_coefficients_are_drawn_from_the_range_given() -> None:
+    for coeffs in coeffs_of(tuned(trials=30, low=0.25, high=0.5))[1:]:
+        assert all(0.25 <= value <= 0.5 for value in coeffs.values())
+
+
+def test_a_pair_of_alpha_and_gamma_acts_through_its_product() -> None:
+    for trial in tuned(trials=30, parametrisation="alpha_gamma").trials[1:]:
+        assert all(0.01 <= value <= 1.0 for value in trial.params.values())
+        assert trial.coeffs == {
+            name: trial.params[f"{name}.alpha"] * trial.params[f"{name}.gamma"] for name in SEGMENTS
+        }
+
+
+def test_trials_are_asked_in_rounds_until_none_is_left() -> None:
+    search = Search(SEGMENTS, SearchConfig(trials=7, round_size=3), norm)
+    sizes = []
+    assert not search.started
+    while not search.done:
+        batch = search.ask()
+        sizes.append(len(batch))
+        search.tell([bowl(coeffs) for coeffs in batch])
+        assert search.started
+    assert sizes == [3, 3, 1]
+    assert search.ask() == []
+    assert len(search.result().trials) == 7
+
+
+def test_outcomes_belong_to_the_coefficients_in_the_order_asked() -> None:
+    search = tuned(trials=12, round_size=5)
+    for trial in search.trials:
+        assert trial.outcome == bowl(trial.coeffs)
+        assert trial.injected_norm == norm(trial.coeffs)
+
+
+def test_a_round_must_be_told_before_the_next_is_asked() -> None:
+    search = Search(SEGMENTS, SearchConfig(), norm)
+    search.ask()
+    with pytest.raises(
+        SearchError, match=r"a round must be told before the next is asked; call tell first\."
+    ):
+        search.ask()
+
+
+@pytest.mark.parametrize("n", [0, 4, 6])
+def test_a_round_told_in_part_is_refused_and_can_still_be_told_whole(n: int) -> None:
+    search = Search(SEGMENTS, SearchConfig(round_size=5), norm)
+    batch = search.ask()
+    with pytest.raises(SearchError) as caught:
+        search.tell([Toy(0.0)] * n)
+    assert str(caught.value) == (
+        f"every trial of the round must be told, but got {n} outcomes for 5."
+    )
+    search.tell([bowl(coeffs) for coeffs in batch])
+    assert len(search.result().trials) == 5
+
+
+def test_a_search_without_a_finished_trial_has_no_result() -> None:
+    with pytest.raises(SearchError, match="must have a finished trial to give a result, but has"):
+        Search(SEGMENTS, SearchConfig(), norm).result()
+
+
+def test_a_search_without_segments_is_refused() -> None:
+    with pytest.raises(SearchError, match="must have at least one segment, but got none"):
+        Search((), SearchConfig(), norm)
+
+
+def test_where_nothing_helps_the_zero_plan_wins_by_its_norm() -> None:
+    search = tuned(lambda coeffs: Toy(0.4), trials=10)
+    assert search.best.number == 1
+    assert search.zero_won
+    assert search.tied
+
+
+def test_ties_go_to_the_smaller_norm() -> None:
+    search = tuned(lambda coeffs: Toy(float(any(coeffs.values()))), trials=10)
+    assert search.best.injected_norm == min(trial.injected_norm for trial in search.trials[1:])
+    assert search.best.number > 2  # or the rule below would have given the same
+    assert not search.zero_won
+    assert search.tied
+
+
+def test_ties_of_equal_norm_go_to_the_earlier_trial() -> None:
+    search = tuned(lambda coeffs: Toy(float(any(coeffs.values()))), norm=lambda _: 1.0, trials=10)
+    assert search.best.number == 2
+
+
+def test_one_best_trial_is_no_tie() -> None:
+    search = tuned(trials=20)
+    assert search.best.outcome.objective == max(t.outcome.objective for t in search.trials)
+    assert not search.tied
+    assert not search.zero_won
+
+
+def test_the_same_coefficients_twice_are_no_tie() -> None:
+    grid = {"early": [0.0], "late": [0.0, 1.0]}
+    search = tuned(
+        lambda coeffs: Toy(-norm(coeffs)),
+        trials=3,
+        sampler=lambda seed: optuna.samplers.GridSampler(grid, seed),
+    )
+    assert coeffs_of(search).count({"early": 0.0, "late": 0.0}) == 2
+    assert not search.tied
+
+
+@pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+def test_the_seed_decides_the_coefficients(parametrisation: str) -> None:
+    def drawn(seed: int) -> list[Coeffs]:
+        return coeffs_of(tuned(trials=20, seed=seed, parametrisation=parametrisation))
+
+    assert drawn(3) == drawn(3)
+    first, second = drawn(3), drawn(4)
+    assert all(one != other for one, other in zip(first[1:], second[1:], strict=True))
+
+
+def test_later_rounds_learn_from_earlier_ones() -> None:
+    wins = sum(
+        tuned(trials=30, seed=seed).best.outcome.objective
+        > tuned(trials=30, seed=seed, sampler=random_sampler).best.outcome.objective
+        for seed in range(10)
+    )
+    assert wins >= 8
+
+
+@pytest.mark.parametrize(
+    ("options", "n_params"), [({}, 2), ({"low": 0.5}, 2), ({"parametrisation": "alpha_gamma"}, 4)]
+)
+def test_parameters_are_learned_jointly_from_the_second_round_on(
+    options: dict[str, object], n_params: int
+) -> None:
+    seen: list[int] = []
+
+    class Watched(optuna.samplers.TPESampler):
+        def sample_relative(self, study, trial, search_space):
+            seen.append(len(search_space))
+            return super().sample_relative(study, trial, search_space)
+
+    tuned(
+        trials=15,
+        round_size=5,
+        sampler=lambda seed: Watched(seed=seed, multivariate=True),
+        **options,
+    )
+    assert set(seen[5:]) == {n_params}
+
+
+SAMPLERS = {
+    "random": random_sampler,
+    "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed),
+    "nsga": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=4),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("objectives", ["weighted", "pareto"])
+@pytest.mark.parametrize("parametrisation", PARAMETRISATIONS)
+def test_any_sampler_of_optuna_drives_the_search(
+    name: str, objectives: str, parametrisation: str
+) -> None:
+    options = {"trials": 20, "objectives": objectives, "parametrisation": parametrisation}
+    search = tuned(sampler=SAMPLERS[name], **options)
+    assert len(search.trials) == 20
+    # TPE too begins at random
+    assert coeffs_of(search)[15:] != coeffs_of(tuned(**options))[15:]
+
+
+@pytest.mark.parametrize("round_size", [1, 2, 5])
+@pytest.mark.parametrize("trials", [3, 4, 5, 9])
+def test_a_grid_is_walked_once_and_then_the_search_is_done(trials: int, round_size: int) -> None:
+    grid = {"early": [0.25, 0.5], "late": [0.5, 1.0]}
+    search = tuned(
+        trials=trials,
+        round_size=round_size,
+        sampler=lambda seed: optuna.samplers.GridSampler(grid, seed),
+    )
+    points = [(0.0, 0.0), *product(*grid.values())]
+    got = [tuple(coeffs.values()) for coeffs in coeffs_of(search)]
+    if trials < len(points):
+        assert len(set(got)) == len(got) == trials
+        assert set(got) < set(points)
+    else:
+        assert set(got) == set(points)
+        assert len(got) < len(points) + round_size  # no round after the last point
+
+
+def test_a_sampler_that_fails_is_heard() -> None:
+    class Failing(optuna.samplers.RandomSampler):
+        def after_trial(self, study, trial, state, values):
+            raise RuntimeError("out of ideas")
+
+    with pytest.raises(RuntimeError, match="out of ideas"):
+        tuned(trials=3, sampler=lambda seed: Failing(seed))
+
+
+GRADES = st.builds(
+    Toy,
+    st.just(0.0),
+    st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    st.none() | st.sampled_from([1.0, 5.0, 50.0, 100.0, 500.0]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(GRADES, min_size=1, max_size=10))
+def test_the_front_is_every_trial_that_no_other_beats_on_both_counts(outcomes: list[Toy]) -> None:
+    config = SearchConfig(
+        trials=len(outcomes), round_size=10, objectives="pareto", sampler=random_sampler
+    )
+    left = iter(outcomes)
+    search = tune(lambda batch: [next(left) for _ in batch], SEGMENTS, norm, config)
+    # unscored overlap counts 0, a missing perplexity as much as one of 100 or more
+    points = [
+        (toy.overlap or 0.0, -min(100.0 if toy.perplexity is None else toy.perplexity, 100.0))
+        for toy in outcomes
+    ]
+    expected = {
+        number
+        for number, (a, b) in enumerate(points, start=1)
+        if not any(c >= a and d >= b and (c > a or d > b) for c, d in points)
+    }
+    assert {trial.number for trial in search.front} == expected
+    assert {trial.number + 1 for trial in search.study.best_trials} == expected
+
+
+def test_an_interrupt_in_the_first_round_is_raised() -> None:
+    def interrupted(batch: list[Coeffs]) -> Sequence[Toy]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(interrupted, SEGMENTS, norm, SearchConfig())
+
+
+def test_a_later_interrupt_gives_the_trials_so_far(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def evaluate(batch: list[Coeffs]) -> list[Toy]:
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [bowl(coeffs) for coeffs in batch]
+
+    search = tune(evaluate, SEGMENTS, norm, SearchConfig(trials=30, round_size=4))
+    assert search.interrupted
+    assert coeffs_of(search) == coeffs_of(tuned(trials=8, round_size=4))
+    assert search.best.outcome.objective == max(t.outcome.objective for t in search.trials)
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    export_study(search, url, "cut", lambda toy: {})
+    assert len(optuna.load_study(study_name="cut", storage=url).trials) == 8
+
+
+def test_a_search_that_ends_is_not_interrupted() -> None:
+    assert not tuned(trials=2).interrupted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"low": 0.5},
+        {"parametrisation": "alpha_gamma"},
+        {"objectives": "pareto"},
+        {"parametrisation": "alpha_gamma", "objectives": "pareto"},
+    ],
+    ids=str,
+)
+def test_an_exported_study_is_read_by_optuna_trial_for_trial(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    search = tuned(trials=8, round_size=5, **options)
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    export_study(search, url, "lovelace/full", lambda toy: {"quality": toy.objective})
+    study = optuna.load_study(study_name="lovelace/full", storage=url)
+    assert [frozen.user_attrs["quality"] for frozen in study.trials] == [
+        trial.outcome.objective for trial in search.trials
+    ]
+    for frozen, trial in zip(study.trials, search.trials, strict=True):
+        assert frozen.state is optuna.trial.TrialState.COMPLETE
+        assert frozen.user_attrs["coeffs"] == trial.coeffs
+        assert frozen.params == trial.params
+        toy = trial.outcome
+        # overlap 0.5 and a perplexity of 20 / 100
+        pareto = options.get("objectives") == "pareto"
+        assert frozen.values == ([0.5, 0.2] if pareto else [toy.objective])
+    directions = ["MAXIMIZE", "MINIMIZE"][: len(study.directions)]
+    assert [direction.name for direction in study.directions] == directions
+
+
+def test_a_study_of_that_name_is_never_written_over(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    export_study(tuned(trials=2), url, "x", lambda toy: {})
+    with pytest.raises(SearchError, match="the study 'x' must be new to a reachable storage, but:"):
+        export_study(tuned(trials=3), url, "x", lambda toy: {})
+    assert len(optuna.load_study(study_name="x", storage=url).trials) == 2
+
+
+@pytest.mark.parametrize("url", ["sqlite:////missing/folder/x.db", "no url", "redis://x"])
+def test_a_storage_that_cannot_be_opened_is_refused(url: str) -> None:
+    with pytest.raises(SearchError, match="the study 'x' must be new to a reachable storage, but:"):
+        export_study(tuned(trials=2), url, "x", lambda toy: {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trials": 0}, "trials must be at least 1, but got 0."),
+        ({"round_size": -1}, "round_size must be at least 1, but got -1."),
+        ({"seed": -1}, "seed must be at least 0, but got -1."),
+        (
+            {"low": 1.0, "high": 1.0},
+            "low < high must hold, but got (self.low=1.0, self.high=1.0).",
+        ),
+        (
+            {"high": float("inf")},
+            "low < high must hold, but got (self.low=0.0, self.high=inf).",
+        ),
+        (
+            {"low": float("nan")},
+            "low < high must hold, but got (self.low=nan, self.high=1.5).",
+        ),
+        ({"weight": 1.5}, "0 <= weight <= 1 must hold, but got self.weight=1.5."),
+        (
+            {"parametrisation": "product"},
+            "parametrisation must be one of coeff, alpha_gamma, but got 'product'.",
+        ),
+        (
+            {"objectives": "both"},
+            "objectives must be one of weighted, pareto, but got 'both'.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_setting_outside_its_range_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SearchConfig(**options)
+    assert str(caught.value) == message
+
+
+def test_optuna_stays_silent_and_keeps_the_users_verbosity(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        export_study(tuned(trials=12), f"sqlite:///{tmp_path / 'x.db'}", "x", lambda toy: {})
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_search_knows_no_model() -> None:
+    # the root imports everything users call: a bare package in its place shows what search needs
+    code = """
+import importlib.util, sys, types
+root = types.ModuleType("fusion_lens")
+root.__path__ = list(importlib.util.find_spec("fusion_lens").submodule_search_locations)
+sys.modules["fusion_lens"] = root
+import fusion_lens.search
+loaded = {name for name in sys.modules if name.startswith("fusion_lens.")}
+assert loaded == {"fusion_lens.search", "fusion_lens.errors"}, loaded
+assert not {"transformer_lens", "transformers", "torch"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
