@@ -63,11 +63,7 @@ def record(
     names = [resid_post(layer) for layer in range(identity.n_layers)]
     check_hook_names(model, names)
     for prompt in prompts:
-        if not prompt.pooled:
-            raise SpanError(
-                "a prompt must have a token to pool over, "
-                f"but {prompt.text!r} has only special ones."
-            )
+        _require_pooled(prompt)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
     pooled: dict[int, Tensor] = {}
     with evaluating(model):
@@ -81,24 +77,23 @@ def record(
     ]
 
 
-def activations_from_cache(
-    cache: Any, *, span: tuple[int, int], row: int = 0, special: Sequence[int] = ()
-) -> Activations:
-    """Pool a TransformerLens `ActivationCache` over the half-open token range `span`, without
-    `special`.
+def activations_from_cache(cache: Any, prompt: Prompt, *, row: int = 0) -> Activations:
+    """Pool a TransformerLens `ActivationCache` of an unpadded run of `prompt`.
 
     Raises:
-        SpanError: if the range holds no token.
+        SpanError: if the cache holds another number of tokens, or the prompt none to pool over.
     """
     identity = identify(cache.model)
     streams = [cache[resid_post(layer)] for layer in range(identity.n_layers)]
     stacked = torch.stack([stream[row] if stream.ndim == 3 else stream for stream in streams])
-    length = stacked.shape[1]
-    kept = [t for t in range(*span) if t not in set(special)]
-    if not kept or min(kept) < 0 or max(kept) >= length:
-        raise SpanError(f"span must hold tokens of the {length} cached, but got {span}.")
-    mean = _at_least_float32(stacked[:, kept]).mean(dim=1).detach().cpu()
-    return Activations(mean=mean, layout=Layout(length, tuple(special)), model=identity)
+    if stacked.shape[1] != len(prompt.tokens):
+        raise SpanError(
+            f"the cache must hold the {len(prompt.tokens)} tokens of the prompt, unpadded, "
+            f"but got {stacked.shape[1]}; run the model on prompt.to_tensor()."
+        )
+    _require_pooled(prompt)
+    mean = at_least_float32(stacked[:, list(prompt.pooled)]).mean(dim=1).detach().cpu()
+    return Activations(mean=mean, layout=prompt.layout, model=identity)
 
 
 def left_padded(
@@ -127,16 +122,24 @@ def _pooled_pass(
     means: dict[int, Tensor] = {}
 
     def pool(layer: int, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-        resid = _at_least_float32(resid)
+        resid = at_least_float32(resid)
         kept = weights.to(resid.device, resid.dtype)
         # where, not *: a pad row's NaN times 0 is NaN
         clean = torch.where(kept[..., None] > 0, resid, torch.zeros_like(resid))
         means[layer] = einsum(clean, kept, "batch pos d, batch pos -> batch d")
 
     with model.hooks(fwd_hooks=[(name, partial(pool, layer)) for layer, name in enumerate(names)]):
-        forward(model, tokens, mask, last_only=True)
+        forward(model, tokens, mask, last=1)
     return torch.stack([means[layer] for layer in range(len(names))], dim=1).cpu()
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own wider dtype."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _require_pooled(prompt: Prompt) -> None:
+    if not prompt.pooled:
+        raise SpanError(
+            f"a prompt must have a token to pool over, but {prompt.text!r} has only special ones."
+        )

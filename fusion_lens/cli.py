@@ -7,6 +7,7 @@ packages are imported inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,10 @@ app = typer.Typer(
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
 
-# typer uses a copy of click of its own or the installed one, by its version
-_UsageError: Any = typer.BadParameter.__mro__[2]
+# typer has a copy of click of its own or uses the installed one, depending on its version
+_ClickException: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 
 ModelOption = Annotated[
     str | None,
@@ -117,6 +120,7 @@ def run(
 ) -> int:
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
+    options = locals()
     from rich.console import Console
 
     from fusion_lens.experiment import ExperimentConfig
@@ -130,7 +134,7 @@ def run(
     config = ExperimentConfig(
         arms=tuple(arms.split(",")),
         segments=_segments(segments),
-        tuning=_tuning_config(locals()),
+        tuning=_tuning_config(options),
         storage=storage,
     )
     chosen = select_questions(
@@ -143,16 +147,15 @@ def run(
     opened = _load(model, dtype, device)
     with _progress() as progress:
         results = run_experiment(opened, chosen, config, out=out, progress=progress)
-    console = Console()
-    console.print(summary_table(results.summary))
+    Console().print(summary_table(results.summary))
     for line in tuned_lines(results.summary):
-        console.print(line, soft_wrap=True, highlight=False)
+        print(line)
     missing = write_figures(run_figures(results), out / "figures")
     if missing is not None:
-        console.print(missing, soft_wrap=True)
+        print(missing)
     for line in failure_lines(results.summary):
         print(f"failed: {line}", file=sys.stderr)
-    console.print(f"written to {out} in {results.summary['seconds']:.0f} s", soft_wrap=True)
+    print(f"written to {out} in {results.summary['seconds']:.0f} s")
     if results.summary["interrupted"]:
         return 130
     return 3 if results.summary["failures"] else 0
@@ -189,14 +192,18 @@ def tune(
 ) -> int:
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
+    options = locals()
     from fusion_lens.plan_files import save_plan
     from fusion_lens.questions import Question
+    from fusion_lens.search import check_storage
     from fusion_lens.tuning import export_tuned
     from fusion_lens.tuning import tune as tune_question
 
     asked = Question(id="question", question=question, answer=answer, explanation=explanation)
-    config = _tuning_config(locals())
+    config = _tuning_config(options)
     _require_writable(out)
+    if storage is not None:
+        check_storage(storage, [asked.question])
     opened = _load(model, dtype, device)
     with _progress() as progress:
         tuned = tune_question(
@@ -221,6 +228,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     max_new_tokens: TokensOption = 48,
+    chat: ChatOption = False,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
@@ -229,14 +237,17 @@ def generate(
     from fusion_lens.generation import GenerationConfig, Row
     from fusion_lens.generation import generate as generate_rows
     from fusion_lens.plan_files import load_plan
-    from fusion_lens.prompts import question_prompt, tokenize
+    from fusion_lens.prompts import Template, question_prompt, tokenize
 
     if not prompt.strip():
         raise QuestionError(f"a prompt must not be empty, but got {prompt!r}.")
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
     loaded = load_plan(plan) * scale
     opened = _load(model, dtype, device)
-    read = question_prompt(opened, prompt) if question else tokenize(opened, prompt)
+    if question or chat:
+        read = question_prompt(opened, prompt, Template(chat=chat))
+    else:
+        read = tokenize(opened, prompt)
     completion = generate_rows(opened, [Row(read, loaded, seed)], config)[0]
     print(completion.text)
     return 0
@@ -281,8 +292,9 @@ def main() -> None:
     except FusionLensError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
-    except _UsageError as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+    except _ClickException as error:
+        if error.format_message():
+            print(f"error: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -310,7 +322,7 @@ def _tuning_config(options: dict[str, Any]) -> TuningConfig:
 
 
 def _segments(text: str) -> str | int:
-    return int(text) if text.lstrip("-").isdigit() else text
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
 
 
 def _questions(path: Path | None, model: str | None) -> list[Question]:
@@ -347,14 +359,21 @@ def _progress() -> Iterator[Progress]:
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
-    with tqdm(unit="row", mininterval=0.1 if live else 15, dynamic_ncols=True) as bar:
+    bars: list[tqdm[Any]] = []
 
-        def show(stage: str, done: int, total: int) -> None:
-            bar.set_description(stage, refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
+    def show(stage: str, done: int, total: int) -> None:
+        if not bars:
+            bars.append(
+                tqdm(desc=stage, unit="row", mininterval=0.1 if live else 15, dynamic_ncols=True)
+            )
+        bars[0].total = total
+        bars[0].update(done - bars[0].n)
 
+    try:
         yield show
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _tuned_text(tuned: Any) -> str:

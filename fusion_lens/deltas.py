@@ -17,7 +17,7 @@ from torch import Tensor
 from fusion_lens.activations import Activations, activations_from_cache
 from fusion_lens.errors import ActivationError
 from fusion_lens.models import ModelIdentity
-from fusion_lens.prompts import Layout
+from fusion_lens.prompts import Layout, Prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +38,11 @@ class Deltas:
                 raise ActivationError(
                     f"{name} must have the shape {expected} of {self.model.name}, "
                     f"but got {tuple(tensor.shape)}."
+                )
+            if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.float64):
+                raise ActivationError(
+                    f"{name} must be on the CPU in float32 or float64, "
+                    f"but got {tensor.dtype} on {tensor.device}."
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ActivationError(f"{name} must be finite, but it holds NaN or infinity.")
@@ -84,18 +89,11 @@ def make_deltas(reference: Activations, base: Activations) -> Deltas:
 
 
 def deltas_from_caches(
-    reference: Any,
-    base: Any,
-    *,
-    reference_span: tuple[int, int],
-    base_span: tuple[int, int],
-    special: tuple[int, ...] = (),
+    reference_cache: Any, base_cache: Any, *, reference: Prompt, base: Prompt
 ) -> Deltas:
-    """The same from two TransformerLens `ActivationCache`s; `special` are the base prompt's special
-    positions."""
+    """The same from two TransformerLens `ActivationCache`s, of unpadded runs of the two prompts."""
     return make_deltas(
-        activations_from_cache(reference, span=reference_span),
-        activations_from_cache(base, span=base_span, special=special),
+        activations_from_cache(reference_cache, reference), activations_from_cache(base_cache, base)
     )
 
 

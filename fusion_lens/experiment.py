@@ -7,7 +7,6 @@ does not grow with their number; all rounds of a block share one batch.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from fusion_lens.errors import ConfigError, one_of
-from fusion_lens.generation import Row, generate
+from fusion_lens.generation import generate
 from fusion_lens.graders import Graded
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.plan_files import save_plan
@@ -34,16 +33,18 @@ from fusion_lens.results import (
     plan_path,
     save_summary,
 )
+from fusion_lens.scores import perplexity_of
+from fusion_lens.search import check_storage
 from fusion_lens.statistics import Interval, cluster_bootstrap
 from fusion_lens.tuning import (
     Failure,
     Job,
     Prepared,
     Progress,
+    Scorer,
     TunedPlan,
     TuningConfig,
     export_tuned,
-    grade_rows,
     make_segments,
     prepare,
     tune_jobs,
@@ -96,13 +97,17 @@ def run(
         OutputError: if `out` cannot be written.
     """
     config = config or ExperimentConfig()
-    if len({question.id for question in questions}) != len(questions):
+    ids = [question.id for question in questions]
+    if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
     identity = identify(model)
     segments = {
         "full": make_segments("full", identity.n_layers),
         "segmented": make_segments(config.segments, identity.n_layers),
     }
+    if config.storage is not None:
+        tuned_arms = [arm for arm in config.arms if arm in segments]
+        check_storage(config.storage, [f"{name}/{arm}" for name in ids for arm in tuned_arms])
     folder = None if out is None else open_run_folder(out)
     order = {
         (question.id, arm): (i, j)
@@ -122,8 +127,9 @@ def run(
             norms.update({item.question.id: item.deltas.norms.tolist() for item in prepared})
             jobs = _jobs(prepared, config, segments)
             shown = _within(progress, done=start, of=len(questions), config=config)
-            baseline = _baseline(model, prepared, config)
-            tuned, interrupted = tune_jobs(model, jobs, config.tuning, progress=shown)
+            score = Scorer(model, config.tuning)
+            baseline = _baseline(model, prepared, config, score)
+            tuned, interrupted = tune_jobs(model, jobs, config.tuning, score=score, progress=shown)
             new = [*baseline, *map(_tuned_result, tuned)]
             new.sort(key=lambda record: order[record.question_id, record.arm])
             records.extend(new)
@@ -162,27 +168,24 @@ def _jobs(
 
 
 def _baseline(
-    model: HookedModel, prepared: Sequence[Prepared], config: ExperimentConfig
+    model: HookedModel, prepared: Sequence[Prepared], config: ExperimentConfig, score: Scorer
 ) -> list[Result]:
     if "baseline" not in config.arms or not prepared:
         return []
     began = time.perf_counter()
-    rows = [Row(item.prompt) for item in prepared]
-    completions = generate(model, rows, config.tuning.generation)
-    graded = grade_rows(
-        model, [(item.question, item.prompt) for item in prepared], completions, config.tuning
-    )
+    rows = [item.row(config.tuning) for item in prepared]
+    graded = score(prepared, generate(model, rows, config.tuning.generation))
     seconds = (time.perf_counter() - began) / len(rows)
     return [
-        _result(item.question, "baseline", score, seconds)
-        for item, score in zip(prepared, graded, strict=True)
+        _result(item, "baseline", grade, seconds)
+        for item, grade in zip(prepared, graded, strict=True)
     ]
 
 
 def _tuned_result(tuned: TunedPlan) -> Result:
     search = tuned.tuned
     return replace(
-        _result(tuned.job.prepared.question, tuned.job.arm, tuned.best, tuned.seconds),
+        _result(tuned.job.prepared, tuned.job.arm, tuned.best, tuned.seconds),
         coeffs=dict(search.best.coeffs),
         injected_norm=search.best.injected_norm,
         n_trials=len(search.trials),
@@ -192,13 +195,15 @@ def _tuned_result(tuned: TunedPlan) -> Result:
     )
 
 
-def _result(question: Question, arm: str, graded: Graded, seconds: float) -> Result:
+def _result(prepared: Prepared, arm: str, graded: Graded, seconds: float) -> Result:
+    question = prepared.question
     return Result(
         question_id=question.id,
         arm=arm,
         subject=question.subject or question.id,
         question=question.question,
         answer=question.answer,
+        explanation=prepared.explanation,
         completion=graded.completion.text,
         extracted=graded.answer,
         ended=graded.completion.ended,
@@ -253,10 +258,7 @@ def _summary(
 
 def _arm(records: Sequence[Result], seed: int) -> dict[str, Any]:
     clusters = [record.subject for record in records]
-    metrics = {
-        name: asdict(_interval(name, [getattr(r, name) for r in records], clusters, seed))
-        for name in METRICS
-    }
+    metrics = {name: asdict(_interval(name, records, seed)) for name in METRICS}
     arm: dict[str, Any] = {"n": len(records), "clusters": len(set(clusters)), "metrics": metrics}
     tuned = [record for record in records if record.coeffs]
     if tuned:
@@ -270,24 +272,24 @@ def _arm(records: Sequence[Result], seed: int) -> dict[str, Any]:
     return arm
 
 
-def _interval(name: str, values: list[float | None], clusters: list[str], seed: int) -> Interval:
+def _interval(name: str, records: Sequence[Result], seed: int) -> Interval:
+    clusters = [record.subject for record in records]
     if name != "perplexity":
-        return cluster_bootstrap(values, clusters, seed=seed)
-    # a mean of perplexities is the mean of its outliers: exponentiate the mean of the logarithms
-    logs = cluster_bootstrap(
-        [None if value is None else math.log(value) for value in values], clusters, seed=seed
+        return cluster_bootstrap([getattr(r, name) for r in records], clusters, seed=seed)
+    # a mean of perplexities is the mean of its outliers: exponentiate the mean nll instead
+    nll = cluster_bootstrap([record.nll for record in records], clusters, seed=seed)
+    return replace(
+        nll,
+        mean=perplexity_of(nll.mean),
+        low=perplexity_of(nll.low),
+        high=perplexity_of(nll.high),
     )
-    return replace(logs, mean=_exp(logs.mean), low=_exp(logs.low), high=_exp(logs.high))
-
-
-def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value)
 
 
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
     settings = asdict(config)
     sampler = config.tuning.search.sampler
-    settings["tuning"]["search"]["sampler"] = "TPE" if sampler is None else repr(sampler)
+    settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
     # a storage URL may hold a password
     settings["storage"] = config.storage is not None
     return settings

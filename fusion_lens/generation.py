@@ -38,6 +38,10 @@ class Row:
     plan: Plan | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"0 <= seed < 2**63 must hold, but got {self.seed}.")
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
@@ -61,12 +65,16 @@ class GenerationConfig:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a row wrote: text without the prompt and special tokens; tokens with end-of-text, if it
-    `ended`."""
+    """What a row wrote: text without prompt, stop token and special tokens.
+
+    `tokens` hold the stop token, if the row `ended`. Not `finite`: a step's logits held NaN or
+    infinity, so the text means nothing.
+    """
 
     text: str
     tokens: tuple[int, ...] = field(repr=False)
     ended: bool
+    finite: bool = True
 
 
 def generate(
@@ -98,8 +106,8 @@ def generate(
                 if _uncached(rows[i]) == kind
             ]
             cached = config.use_cache and not kind
-            tokens = _run_batch(model, [rows[i] for i in batch], config, cached)
-            done.update((i, _completion(model, row)) for i, row in zip(batch, tokens, strict=True))
+            written = _run_batch(model, [rows[i] for i in batch], config, cached)
+            done.update(zip(batch, written, strict=True))
             if progress is not None:
                 progress(len(done))
     return [done[i] for i in range(len(rows))]
@@ -137,7 +145,7 @@ def _uncached(row: Row) -> bool:
 
 def _run_batch(
     model: HookedModel, rows: Sequence[Row], config: GenerationConfig, cached: bool
-) -> list[list[int]]:
+) -> list[Completion]:
     device = next(iter(model.parameters())).device
     stops = torch.tensor(sorted(stop_tokens(model)), device=device)
     tokens, mask = left_padded([row.prompt.tokens for row in rows], 0, device)
@@ -147,30 +155,34 @@ def _run_batch(
     cache = KeyValues() if cached else None
     hooks = batch_hooks([row.plan for row in rows], [row.prompt.layout for row in rows], cursor)
     finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    finite = ~finished
     with hooked(model, hooks):
         for step in range(config.max_new_tokens):
             cursor.offset = tokens.shape[1] - 1 if cached and step else 0
-            logits = forward(model, tokens[:, cursor.offset :], mask, cache=cache, last_only=True)
+            logits = forward(model, tokens[:, cursor.offset :], mask, cache=cache, last=1)
+            # a masked vocabulary may hold -inf; its maximum is finite all the same
+            finite &= finished | torch.isfinite(logits[:, 0].amax(dim=-1))
             new = draw(logits[:, 0], step)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             finished |= torch.isin(new, stops)
             if bool(finished.all()):
                 break
-    ends = stop_tokens(model)
-    return [_cut(row, ends) for row in tokens[:, width:].tolist()]
+    return [
+        _completion(model, written, ok)
+        for written, ok in zip(tokens[:, width:].tolist(), finite.tolist(), strict=True)
+    ]
 
 
-def _cut(tokens: list[int], stops: frozenset[int]) -> list[int]:
-    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-    return tokens[: end + 1]
-
-
-def _completion(model: HookedModel, tokens: list[int]) -> Completion:
+def _completion(model: HookedModel, written: list[int], finite: bool) -> Completion:
+    stops = stop_tokens(model)
+    end = next((i for i, token in enumerate(written) if token in stops), None)
+    said = written[:end]
     return Completion(
-        text=model.tokenizer.decode(tokens, skip_special_tokens=True),
-        tokens=tuple(tokens),
-        ended=tokens[-1] in stop_tokens(model),
+        text=model.tokenizer.decode(said, skip_special_tokens=True),
+        tokens=tuple(said if end is None else written[: end + 1]),
+        ended=end is not None,
+        finite=finite,
     )
 
 
@@ -191,7 +203,7 @@ def _sampler(
     ).to(device)
 
     def sample(logits: Tensor, step: int) -> Tensor:
-        scaled = logits.double() / config.temperature
+        scaled = torch.nan_to_num(logits.double() / config.temperature)
         cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
         point = uniforms[:, step, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(

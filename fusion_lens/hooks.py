@@ -36,22 +36,29 @@ class Cursor:
 
 
 def fwd_hooks(
-    plan: Plan, *, prompt: Prompt | Layout | None = None, offset: int | None = None
+    plan: Plan,
+    *,
+    model: HookedModel | None = None,
+    prompt: Prompt | Layout | None = None,
+    offset: int | None = None,
 ) -> list[tuple[str, HookFn]]:
-    """TransformerLens' list of (hook_name, function) for one plan, beside any hooks of the user's
-    own.
+    """TransformerLens' list of (hook_name, function) for one plan, beside hooks of the user's own.
 
     For `run_with_hooks`, `run_with_cache` and `hooks()`, on unpadded rows that all get the same
-    plan. `prompt` is the prompt that is run if it is not the one the plan was made for (its length
-    and special tokens decide which positions are meant). In a loop with a KV cache, give the
-    `offset` of every pass: the number of positions already cached. Without it, a pass is a whole
-    sequence; only a single token that can be no prompt is taken as a continuation, and only where
-    every position is steered.
+    plan. With `model` the plan is checked against it: a bridge ignores hooks it does not have and
+    would run unsteered. `prompt` is the prompt that is run if it is not the one the plan was made
+    for: its length and special tokens decide which positions are meant.
+
+    In a loop with a KV cache, give the `offset` of every pass, the number of positions already
+    cached. Without it a pass is a whole sequence. The one exception: where every position is
+    steered, a pass too short to be a prompt (a single token, behind one BOS) is a continuation.
 
     Raises:
-        PlanError: from the hook, if a position-limited or sequence-mean plan sees a pass shorter
-        than its prompt without an offset, or if the residual has another width than the plan.
+        PlanError: if the plan belongs to another model; from the hook, if a pass is shorter than
+            the prompt and no offset tells where it stands, or if the residual has another width.
     """
+    if model is not None:
+        plan.check(identify(model))
     if isinstance(prompt, Prompt):
         prompt = prompt.layout
     layouts = [prompt] if prompt is not None else [plan.steps[0].deltas.layout]
@@ -75,9 +82,7 @@ def steering(
     Raises:
         PlanError: if the plan belongs to another model.
     """
-    plan.check(identify(model))
-    hooks = fwd_hooks(plan, prompt=prompt)
-    with hooked(model, hooks):
+    with hooked(model, fwd_hooks(plan, model=model, prompt=prompt)):
         yield model
 
 
@@ -140,15 +145,17 @@ class _Batch:
                 )
             return self.cursor.offset
         layout = max(self.layouts, key=lambda layout: layout.length)
-        limited = group.positions != "all" or group.mean == "sequence"
-        if limited and length < layout.length:
+        everywhere = group.positions == "all" and group.mean == "question"
+        leading = next((t for t in range(layout.length) if t not in layout.special), 0)
+        if everywhere and (length <= leading or group.steer_special or not layout.special):
+            return layout.length
+        if length < layout.length:
             raise PlanError(
                 f"a position-limited plan needs the offset of a pass of {length} tokens, shorter "
                 f"than its prompt of {layout.length}; give offset= (the number of cached "
                 "positions), or prompt= for another prompt."
             )
-        leading = next((t for t in range(layout.length) if t not in layout.special), 0)
-        return layout.length if length <= leading else 0
+        return 0
 
     def _make_mask(
         self, group: _Group, offset: int, length: int, present: bool

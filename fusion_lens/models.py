@@ -24,7 +24,7 @@ from torch import Tensor
 from fusion_lens.atlas import CHECKPOINT
 from fusion_lens.errors import HookNameError, ModelError
 
-_HASHED_ELEMENTS = 1_000_000
+_HASHED_ELEMENTS = 200_000
 
 
 @runtime_checkable
@@ -33,7 +33,6 @@ class HookedModel(Protocol):
 
     cfg: Any
     tokenizer: Any
-    training: bool
 
     @property
     def hook_dict(self) -> Mapping[str, Any]: ...
@@ -42,7 +41,7 @@ class HookedModel(Protocol):
 
     def parameters(self) -> Iterator[Tensor]: ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def modules(self) -> Iterator[torch.nn.Module]: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -51,11 +50,12 @@ class HookedModel(Protocol):
 class ModelIdentity:
     """Which model a tensor belongs to.
 
-    `weights` is a SHA-256 over all parameters rounded to bfloat16 (so that one checkpoint opened in
-    two precisions stays one model; of a parameter above a million elements an even sample),
-    `embedding` the same over the token embedding alone, the one matrix both wrappers store alike.
-    `processing` is "unprocessed" or "processed" (folded or centred by TransformerLens: another
-    basis of the residual stream).
+    `weights` is a SHA-256 over all parameters rounded to bfloat16, so that one checkpoint opened in
+    float32 and in bfloat16 stays one model (float16 rounds otherwise and counts as another unless
+    the checkpoint is in float16 itself). Of a parameter above 400,000 elements an even sample is
+    hashed. `embedding` is the same over the token embedding alone, the one matrix that both
+    wrappers store alike. `processing` is "unprocessed" or "processed" (folded or centred by
+    TransformerLens: another basis of the residual stream).
     """
 
     name: str
@@ -77,8 +77,8 @@ class ModelIdentity:
         mine, theirs = getattr(self, compared), getattr(other, compared)
         if mine != theirs:
             return (
-                f"it was made on {self.name} ({compared} {mine[:12]}), "
-                f"but the model is {other.name} ({theirs[:12]})"
+                f"it was made on {self.name} ({self.dtype}, {compared} {mine[:12]}), "
+                f"but the model is {other.name} ({other.dtype}, {theirs[:12]})"
             )
         return None
 
@@ -88,7 +88,7 @@ def load_model(
     *,
     revision: str | None = None,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
 ) -> HookedModel:
     """Open a model as a `TransformerBridge` with unprocessed weights.
 
@@ -98,7 +98,7 @@ def load_model(
     Raises:
         ModelError: if it cannot be found or opened, or `dtype` is no floating torch dtype.
     """
-    torch_dtype = getattr(torch, dtype, None)
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ModelError(
             f"dtype must be a floating torch dtype such as float32, but got {dtype!r}."
@@ -124,7 +124,9 @@ def load_model(
             f"{name_or_path} must be a usable checkpoint folder or hub name, but: {reason[0]}"
         ) from error
     model.train(False)
-    model.cfg.model_name = "atlas" if name_or_path is None else Path(str(name_or_path)).name
+    folder = Path(source)
+    named = folder.resolve().name if folder.is_dir() else source
+    model.cfg.model_name = "atlas" if name_or_path is None else named
     return model  # type: ignore[no-any-return]
 
 
@@ -183,16 +185,16 @@ def stop_tokens(model: HookedModel) -> frozenset[int]:
 
 @contextmanager
 def evaluating(model: HookedModel) -> Iterator[None]:
-    """No gradients and no dropout inside; the model's mode is given back as it was."""
-    was_training = model.training
+    """No gradients and no dropout inside; every module's mode is given back as it was."""
+    training = [module for module in model.modules() if module.training]
     try:
-        if was_training:
-            model.train(False)
+        for module in training:
+            module.training = False
         with torch.no_grad():
             yield
     finally:
-        if was_training:
-            model.train(True)
+        for module in training:
+            module.training = True
 
 
 @dataclass(slots=True)
@@ -208,17 +210,17 @@ def forward(
     mask: Int[Tensor, "batch pos"],
     *,
     cache: KeyValues | None = None,
-    last_only: bool = False,
+    last: int = 0,
 ) -> Float[Tensor, "batch kept d_vocab"]:
     """Logits of one pass over `tokens`, the last `new` of `pos` positions; the rest is in `cache`.
 
-    `mask` is 0 at left padding. With `last_only`, `kept` is 1.
+    `mask` is 0 at left padding. Only the `last` positions' logits are given; 0: all of them.
     """
     if type(model).__name__ == "HookedTransformer":
         logits = _hooked_transformer_forward(model, tokens, mask, cache)
     else:
-        logits = _bridge_forward(model, tokens, mask, cache, last_only)
-    return logits[:, -1:] if last_only else logits
+        logits = _bridge_forward(model, tokens, mask, cache, last)
+    return logits[:, -last:]
 
 
 def _resolve(source: str, revision: str | None) -> str:
@@ -265,13 +267,13 @@ def _no_bars(*, local: bool) -> Iterator[None]:
 
 
 def _bridge_forward(
-    model: Any, tokens: Tensor, mask: Tensor, cache: KeyValues | None, last_only: bool
+    model: Any, tokens: Tensor, mask: Tensor, cache: KeyValues | None, last: int
 ) -> Tensor:
     options: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
     if cache is not None and cache.store is not None:
         options["past_key_values"] = cache.store
-    if last_only and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
-        options["logits_to_keep"] = 1
+    if last and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+        options["logits_to_keep"] = last
     logits, store = model(tokens, return_type="logits_and_cache", **options)
     if cache is not None:
         cache.store = store

@@ -19,7 +19,8 @@ def add(
 ) -> Float[Tensor, "batch pos d_model"]:
     """`a + shift` where the mask holds, `a` elsewhere; a constant shift, so a KV cache stays
     valid."""
-    return torch.where(mask[..., None], resid + shift[:, None].to(resid), resid)
+    moved = (_wide(resid) + shift[:, None]).to(resid.dtype)
+    return torch.where(mask[..., None], moved, resid)
 
 
 def mean_shift(
@@ -34,8 +35,14 @@ def mean_shift(
 
     The mean needs the whole sequence: a KV cache would hide most of it.
     """
-    kept = torch.where(present[..., None], resid, torch.zeros_like(resid))
-    weight = present.to(resid) / present.sum(dim=-1, keepdim=True).clamp(min=1)
+    wide = _wide(resid)
+    kept = torch.where(present[..., None], wide, torch.zeros_like(wide))
+    weight = present.to(wide) / present.sum(dim=-1, keepdim=True).clamp(min=1)
     mean = einsum(kept, weight.expand(resid.shape[:2]), "batch pos d, batch pos -> batch d")
-    shift = coeff[:, None].to(resid) * (reference.to(resid) - mean)
-    return torch.where(mask[..., None], resid + shift[:, None], resid)
+    shift = coeff[:, None].to(wide) * (reference.to(wide) - mean)
+    return add(resid, shift, mask)
+
+
+def _wide(resid: Tensor) -> Tensor:
+    """Hook arithmetic is done in float32 at least, as the authors do, and rounded once."""
+    return resid.to(torch.promote_types(resid.dtype, torch.float32))

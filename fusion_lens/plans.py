@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float
@@ -48,7 +49,8 @@ class Step:
 
     `positions`: "prompt" is everything before the last prompt token, "completion" the last prompt
     token and all after it (the positions whose logits write the completion), "all" both. Special
-    tokens of the prompt are left alone unless `steer_special`.
+    tokens of the prompt are left alone unless `steer_special`; with `mean="sequence"` they then
+    enter the running mean too, as in the authors' hook.
     """
 
     deltas: Deltas
@@ -69,6 +71,8 @@ class Step:
         if not all(-1e6 < coeff < 1e6 for coeff in self.coeffs):
             raise PlanError(f"coefficients must be finite and below 1e6, but got {self.coeffs}.")
         _check_segments(self.segments, self.deltas.model.n_layers)
+        if not bool(torch.isfinite(self.shift).all()):
+            raise PlanError("a step's shift must be finite, but coefficient * delta overflows.")
 
     @property
     def layer_coeffs(self) -> Float[Tensor, " layer"]:
@@ -193,7 +197,7 @@ def even_segments(n_layers: int, n_segments: int) -> tuple[Segment, ...]:
 
 def make_plan(
     deltas: Deltas,
-    coeffs: float | int | Sequence[float] | Mapping[str, float],
+    coeffs: float | Real | Sequence[float] | Mapping[str, float],
     segments: Sequence[Segment] | None = None,
     *,
     mean: str = "question",
@@ -206,7 +210,7 @@ def make_plan(
         PlanError: if a segment is unknown, lies outside the model or lacks a coefficient.
     """
     n_layers = deltas.model.n_layers
-    if isinstance(coeffs, (int, float)):
+    if not isinstance(coeffs, (Sequence, Mapping)):
         segments = tuple(segments or full(n_layers))
         values: tuple[float, ...] = (float(coeffs),) * len(segments)
     else:

@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from fusion_lens.errors import ConfigError, ModelError, SpanError
 from fusion_lens.models import HookedModel
 
@@ -34,6 +38,13 @@ class Prompt:
     str_tokens: tuple[str, ...]
     special: tuple[int, ...]
     span: tuple[int, int] | None = None
+
+    def to_tensor(self) -> Int[Tensor, "1 pos"]:
+        """The tokens as a batch of one, for the model's own methods.
+
+        Their `to_tokens(prompt.text)` would add a second BOS to a text that has one.
+        """
+        return torch.tensor([self.tokens])
 
     @property
     def layout(self) -> Layout:
@@ -104,24 +115,23 @@ def tokenize(
     if prepend_bos and bos is not None and tokens[:1] != [bos]:
         tokens.insert(0, bos)
         offsets.insert(0, (0, 0))
-    content = {tokenizer.unk_token_id}
-    special_ids = set(tokenizer.all_special_ids) - content
+    special = _special_ids(tokenizer)
     span = None
     if chars is not None:
         covering = [
             i for i, (s, e) in enumerate(offsets) if e > s and e > chars[0] and s < chars[1]
         ]
-        if all(tokens[i] == tokenizer.unk_token_id for i in covering):
+        if all(tokens[i] in special | {tokenizer.unk_token_id} for i in covering):
             raise SpanError(
                 f"the answer must be found in the reference's tokens, but {text[slice(*chars)]!r} "
-                "has no known token; give an answer the tokenizer can write."
+                "has no known token of its own; give an answer the tokenizer can write."
             )
         span = (covering[0], covering[-1] + 1)
     return Prompt(
         text=text,
         tokens=tuple(tokens),
         str_tokens=tuple(tokenizer.convert_ids_to_tokens(tokens)),
-        special=tuple(i for i, token in enumerate(tokens) if token in special_ids),
+        special=tuple(i for i, token in enumerate(tokens) if token in special),
         span=span,
     )
 
@@ -158,16 +168,27 @@ def reference_prompt(
     """
     template = template or Template()
     head = _question_text(model, question, template)
-    tail = template.reference.format(answer=answer, explanation=explanation).rstrip("\n")
-    text = head + (tail.lstrip("\n") if template.chat else tail)
-    start = text.find(answer, len(head))
-    if not answer.strip() or start < 0:
+    before, _, after = template.reference.partition("{answer}")
+    if template.chat:
+        before = before.lstrip("\n")
+    lead = before.format(explanation=explanation)
+    # an empty explanation leaves no line behind it
+    text = head + lead + answer + after.format(answer=answer, explanation=explanation).rstrip("\n")
+    start = len(head) + len(lead)
+    if not answer.strip():
         raise SpanError(
-            "the answer must be found in the reference's tokens, "
-            f"but {answer!r} is not in {tail!r}."
+            f"the answer must be found in the reference's tokens, but {answer!r} is white space."
         )
     tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, start + len(answer)))
     return tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, len(text)))
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """BOS, padding, chat markers and the like; the unknown token only where it doubles as one."""
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = marked | set(tokenizer.all_special_ids)
+    return ids if tokenizer.unk_token_id in named else ids - {tokenizer.unk_token_id}
 
 
 def _question_text(model: HookedModel, question: str, template: Template) -> str:

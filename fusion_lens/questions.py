@@ -139,7 +139,7 @@ def select_questions(
         unknown = [name for name in ids if name not in by_id]
         if unknown:
             raise QuestionError(f"every question id must be in the file, but got {unknown[0]!r}.")
-        kept = [by_id[name] for name in ids]
+        kept = [by_id[name] for name in dict.fromkeys(ids)]
     if not kept:
         splits = sorted({question.split or "none" for question in questions})
         raise QuestionError(
@@ -150,7 +150,7 @@ def select_questions(
 
 
 def _line(question: Question) -> str:
-    record = {key: value for key, value in asdict(question).items() if value}
+    record = {key: value for key, value in asdict(question).items() if value not in (None, ())}
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

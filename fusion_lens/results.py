@@ -32,9 +32,9 @@ _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna
 class Result:
     """One question under one arm.
 
-    `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
-    its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
-    in `search.Tuned`.
+    `explanation` is the one in the reference text. `coeffs` by segment name (empty where nothing
+    was tuned); `nll` in nats per token, `perplexity` its exponential; `seconds` the arm's share of
+    the wall time, by rows; `zero_won` and `tied` as in `search.Tuned`.
     """
 
     question_id: str
@@ -42,6 +42,7 @@ class Result:
     subject: str
     question: str
     answer: str
+    explanation: str
     completion: str
     extracted: str
     ended: bool
@@ -125,21 +126,24 @@ class Results:
 
 def open_run_folder(folder: str | Path) -> Path:
     """Make the folder (and `plans/`), prove it can be written, and take away an earlier run's
-    records.
+    files.
 
     Raises:
-        OutputError: if it cannot be made or written.
+        OutputError: if it cannot be made or written, or holds files but no run.
     """
     folder = Path(folder)
+    records = [folder / "summary.json", folder / "results.jsonl"]
     try:
-        (folder / "plans").mkdir(parents=True, exist_ok=True)
-        for stale in (
-            folder / "summary.json",
-            folder / "results.jsonl",
-            *(folder / "plans").glob("*.safetensors"),
-        ):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not any(path.exists() for path in records):
+            raise OutputError(folder, "it has files that are not a run's")
+        (folder / "plans").mkdir(exist_ok=True)
+        figures = [*(folder / "figures").glob("*.html"), *(folder / "figures").glob("*.png")]
+        for stale in (*records, *(folder / "plans").glob("*.safetensors"), *figures):
             stale.unlink(missing_ok=True)
         (folder / "results.jsonl").touch()
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(folder, error.strerror or str(error)) from error
     return folder

@@ -6,13 +6,14 @@ never 0. Definitions: METHOD 1.3 of the project's method notes, restated in each
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 _WORD = re.compile(r"\w+")
+_LARGEST_NLL = 700.0
 _ARTICLES = frozenset({"a", "an", "the"})
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\"“‘])(?:(?:[^\W\d_]\.)*[^\W\d_]|Dr|Mr|Mrs|Ms|St|Jr|Sr|Prof|vs|Mt)$"
@@ -21,19 +22,6 @@ _ABBREVIATION = re.compile(
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)(?!(?<=\bNo\.)\s\d)")
 # a sign or point that leads a number, a point inside one, and those that belong to none
 _SIGN_OR_POINT = re.compile(r"(?<![\w.-])(-?\.?)(?=\d)|(?<=\d)(\.)(?=\d)|[-.]")
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One figure for one completion.
-
-    `value` is None where nothing could be scored, and `explanation` then says why. `answer` is the
-    extracted answer the score looked at.
-    """
-
-    value: float | None
-    answer: str
-    explanation: str = ""
 
 
 def words(text: str) -> list[str]:
@@ -90,11 +78,20 @@ def distinct_2(completion: str) -> float | None:
     return len(set(bigrams)) / len(bigrams) if bigrams else None
 
 
+def perplexity_of(nll: float | None) -> float | None:
+    """exp(nll), nll in nats per token; None where that is unscored or too large for a float."""
+    return None if nll is None or nll > _LARGEST_NLL else math.exp(nll)
+
+
+def clipped(perplexity: float | None) -> float:
+    """`min(PPL/100, 1)`; a perplexity that cannot be had counts 1."""
+    return 1.0 if perplexity is None else min(perplexity / 100.0, 1.0)
+
+
 def objective(overlap: float, perplexity: float | None, weight: float = 0.7) -> float:
     """`w*overlap - (1-w)*min(PPL/100, 1)`, rounded to 6 decimals.
 
     Rounded because ties are the rule and 1e-7 of noise on a tie changes what a sampler proposes
-    next. A perplexity that cannot be had counts 1 in the clipped term.
+    next.
     """
-    clipped = 1.0 if perplexity is None else min(perplexity / 100.0, 1.0)
-    return round(weight * overlap - (1.0 - weight) * clipped, 6)
+    return round(weight * overlap - (1.0 - weight) * clipped(perplexity), 6)

@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import optuna
 
 from fusion_lens.errors import ConfigError, SearchError, one_of
+from fusion_lens.scores import clipped
 
 PARAMETRISATIONS = ("coeff", "alpha_gamma")
 OBJECTIVES = ("weighted", "pareto")
@@ -298,6 +299,27 @@ def export_study(
         ) from error
 
 
+def check_storage(storage: str, names: Sequence[str]) -> None:
+    """Make sure that finished studies can go to `storage` under `names`.
+
+    Raises:
+        SearchError: if the storage cannot be opened or holds a study of one of the names.
+    """
+    try:
+        with _quiet():
+            taken = set(optuna.get_all_study_names(storage))
+    except Exception as error:  # a storage raises what its driver raises
+        raise SearchError(
+            f"the storage must be an Optuna storage URL that can be opened, but: {error}"
+        ) from error
+    for name in names:
+        if name in taken:
+            raise SearchError(
+                f"the study {name!r} must be new to the storage, but it is there; "
+                "take another storage or delete it."
+            )
+
+
 def _values(outcome: Outcome, study: optuna.Study) -> list[float]:
     return [outcome.objective] if len(study.directions) == 1 else list(_pair(outcome))
 
@@ -307,9 +329,7 @@ def _tpe(seed: int) -> optuna.samplers.BaseSampler:
 
 
 def _pair(outcome: Outcome) -> tuple[float, float]:
-    perplexity = outcome.perplexity
-    clipped = 1.0 if perplexity is None else min(perplexity / 100.0, 1.0)
-    return round(outcome.overlap or 0.0, 6), round(clipped, 6)
+    return round(outcome.overlap or 0.0, 6), round(clipped(outcome.perplexity), 6)
 
 
 def _dominates(one: Outcome, other: Outcome) -> bool:

@@ -16,6 +16,7 @@ from functools import partial
 from fusion_lens.activations import record
 from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.errors import (
+    ActivationError,
     ConfigError,
     ContextLengthError,
     SpanError,
@@ -91,13 +92,17 @@ class Prepared:
     explanation: str
     deltas: Deltas
 
+    def row(self, config: TuningConfig, plan: Plan | None = None) -> Row:
+        """A row of the steered prompt; its samples are the same under every plan and arm."""
+        return Row(self.prompt, plan, seed_of(config.search.seed, self.question.id, "row"))
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A question that cannot be steered, and why."""
 
     question_id: str
-    cause: SpanError | ContextLengthError
+    cause: SpanError | ContextLengthError | ActivationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +154,15 @@ def prepare(
 ) -> tuple[list[Prepared], list[Failure]]:
     """Explanations, prompts and deltas of many questions, in two batched passes.
 
-    A question whose answer is not found in its reference, or whose texts exceed the context,
-    becomes a
-    `Failure`; the others go on.
+    A question whose answer is not found in its reference, whose texts exceed the context, or whose
+    activations are not finite, becomes a `Failure`; the others go on.
+
+    Raises:
+        ConfigError: if two questions share an id.
     """
     config = config or TuningConfig()
+    if len({question.id for question in questions}) != len(questions):
+        raise ConfigError("question ids must be unique, but two questions share one.")
     failures: list[Failure] = []
 
     def kept(stage: Callable[[Question], Prompt], ready: Iterable[Question]) -> dict[str, Prompt]:
@@ -183,23 +192,15 @@ def prepare(
 
     references = kept(reference, ready)
     ready = [question for question in ready if question.id in references]
-    recorded = record(
-        model,
-        [references[question.id] for question in ready]
-        + [prompts[question.id] for question in ready],
-    )
-    prepared = [
-        Prepared(
-            question=question,
-            prompt=prompts[question.id],
-            reference=references[question.id],
-            explanation=explanations[question.id],
-            deltas=make_deltas(reference, base),
+    prepared = []
+    for question, vectors in zip(ready, _deltas(model, ready, prompts, references), strict=True):
+        if isinstance(vectors, ActivationError):
+            failures.append(Failure(question.id, vectors))
+            continue
+        name = question.id
+        prepared.append(
+            Prepared(question, prompts[name], references[name], explanations[name], vectors)
         )
-        for question, reference, base in zip(
-            ready, recorded[: len(ready)], recorded[len(ready) :], strict=True
-        )
-    ]
     return prepared, failures
 
 
@@ -223,6 +224,7 @@ def tune_jobs(
     jobs: Sequence[Job],
     config: TuningConfig,
     *,
+    score: Scorer | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[TunedPlan], bool]:
     """Run many searches side by side; the second value tells whether an interrupt ended them early.
@@ -231,7 +233,7 @@ def tune_jobs(
     """
     searches: list[Search[Graded]] = [_search(job, config) for job in jobs]
     seconds = [0.0] * len(jobs)
-    scored: dict[tuple[str, tuple[int, ...]], Graded] = {}
+    score = score or Scorer(model, config)
     total = len(jobs) * config.search.trials
     told = 0
     interrupted = False
@@ -240,14 +242,14 @@ def tune_jobs(
             began = time.perf_counter()
             asked = [search.ask() for search in searches]
             rows = [
-                Row(job.prepared.prompt, job.plan(coeffs, config), seed=_seed(config, job, "row"))
+                job.prepared.row(config, job.plan(coeffs, config))
                 for job, coeffs_list in zip(jobs, asked, strict=True)
                 for coeffs in coeffs_list
             ]
             shown = None if progress is None else partial(_show, progress, told, total)
             completions = generate(model, rows, config.generation, progress=shown)
-            owners = [job for job, batch in zip(jobs, asked, strict=True) for _ in batch]
-            outcomes = iter(_grade(model, owners, completions, scored, config))
+            owners = [job.prepared for job, batch in zip(jobs, asked, strict=True) for _ in batch]
+            outcomes = iter(score(owners, completions))
             share = (time.perf_counter() - began) / max(len(rows), 1)
             for i, (search, coeffs_list) in enumerate(zip(searches, asked, strict=True)):
                 search.tell([next(outcomes) for _ in coeffs_list])
@@ -335,31 +337,59 @@ def make_segments(segments: str | int | Sequence[Segment], n_layers: int) -> tup
     return tuple(segments)
 
 
-def grade_rows(
-    model: HookedModel,
-    questions: Sequence[tuple[Question, Prompt]],
-    completions: Sequence[Completion],
-    config: TuningConfig,
-) -> list[Graded]:
-    """Score completions of (question, prompt) pairs."""
-    nlls = completion_nll(
-        model,
-        [
-            (prompt, completion)
-            for (_, prompt), completion in zip(questions, completions, strict=True)
-        ],
-        batch_size=config.generation.batch_size,
-    )
-    return [
-        grade(question, completion, nll, weight=config.search.weight)
-        for (question, _), completion, nll in zip(questions, completions, nlls, strict=True)
-    ]
+class Scorer:
+    """Grades completions of prepared questions, identical ones once."""
+
+    def __init__(self, model: HookedModel, config: TuningConfig) -> None:
+        self._model = model
+        self._config = config
+        self._known: dict[tuple[object, ...], Graded] = {}
+
+    def __call__(
+        self, owners: Sequence[Prepared], completions: Sequence[Completion]
+    ) -> list[Graded]:
+        """One grade per (question, completion) pair."""
+        pairs = list(zip(owners, completions, strict=True))
+        keys = [
+            (owner.prompt.tokens, owner.question, completion.tokens, completion.finite)
+            for owner, completion in pairs
+        ]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
+        nlls = completion_nll(
+            self._model,
+            [(owner.prompt, completion) for owner, completion in new.values()],
+            batch_size=self._config.generation.batch_size,
+        )
+        weight = self._config.search.weight
+        for (key, (owner, completion)), nll in zip(new.items(), nlls, strict=True):
+            self._known[key] = grade(owner.question, completion, nll, weight=weight)
+        return [self._known[key] for key in keys]
 
 
 def seed_of(*parts: object) -> int:
     """A seed that depends on nothing but its parts: not on order, limit or neighbours."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def _deltas(
+    model: HookedModel,
+    questions: Sequence[Question],
+    prompts: Mapping[str, Prompt],
+    references: Mapping[str, Prompt],
+) -> list[Deltas | ActivationError]:
+    """All in one batched pass; one by one where a mean is not finite, to find out which."""
+    pairs = [(references[question.id], prompts[question.id]) for question in questions]
+    try:
+        recorded = record(model, [prompt for pair in pairs for prompt in pair])
+    except ActivationError as error:
+        if len(questions) == 1:
+            return [error]
+        return [_deltas(model, [question], prompts, references)[0] for question in questions]
+    return [
+        make_deltas(reference, base)
+        for reference, base in zip(recorded[::2], recorded[1::2], strict=True)
+    ]
 
 
 def _explanations(
@@ -403,39 +433,12 @@ def _show(progress: Progress, before: int, total: int, done: int) -> None:
 def _search(job: Job, config: TuningConfig) -> Search[Graded]:
     return Search(
         [segment.name for segment in job.segments],
-        replace(config.search, seed=_seed(config, job, "sampler")),
+        replace(
+            config.search,
+            seed=seed_of(config.search.seed, job.prepared.question.id, job.arm, "sampler"),
+        ),
         lambda coeffs: job.plan(coeffs, config).injected_norm,
     )
-
-
-def _seed(config: TuningConfig, job: Job, purpose: str) -> int:
-    return seed_of(config.search.seed, job.prepared.question.id, job.arm, purpose)
-
-
-def _grade(
-    model: HookedModel,
-    owners: Sequence[Job],
-    completions: Sequence[Completion],
-    scored: dict[tuple[str, tuple[int, ...]], Graded],
-    config: TuningConfig,
-) -> list[Graded]:
-    keys = [
-        (job.prepared.question.id, completion.tokens)
-        for job, completion in zip(owners, completions, strict=True)
-    ]
-    new = {
-        key: (job.prepared, completion)
-        for key, job, completion in zip(keys, owners, completions, strict=True)
-        if key not in scored
-    }
-    graded = grade_rows(
-        model,
-        [(prepared.question, prepared.prompt) for prepared, _ in new.values()],
-        [completion for _, completion in new.values()],
-        config,
-    )
-    scored.update(zip(new, graded, strict=True))
-    return [scored[key] for key in keys]
 
 
 def _chosen(job: Job, tuned: Tuned[Graded], seconds: float, config: TuningConfig) -> TunedPlan:

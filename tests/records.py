@@ -14,6 +14,7 @@ LOVELACE = Result(
     subject="Ada Lovelace",
     question="Who wrote the red book?",
     answer="Ada Lovelace",
+    explanation="It says so.",
     completion="Tom Harris. He wrote it.",
     extracted="Tom Harris.",
     ended=True,

@@ -59,13 +59,13 @@ def test_half_precision_is_pooled_in_float32(tiny_folder) -> None:
 def test_a_cache_of_the_users_gives_the_same_activations(tiny) -> None:
     prompt = tokenize(tiny, "Who wrote it?")
     _, cache = tiny.run_with_cache(torch.tensor([prompt.tokens]))
-    made = activations_from_cache(cache, span=(0, len(prompt.tokens)), special=(0,))
+    made = activations_from_cache(cache, prompt)
     assert torch.allclose(made.mean, record(tiny, [prompt])[0].mean, atol=1e-6)
     assert made.layout == prompt.layout
-    with pytest.raises(SpanError, match="span must hold tokens of the"):
-        activations_from_cache(cache, span=(3, 3))
-    with pytest.raises(SpanError, match=r"but got \(0, 99\)"):
-        activations_from_cache(cache, span=(0, 99))
+    with pytest.raises(
+        SpanError, match=r"unpadded, but got \d+; run the model on prompt.to_tensor"
+    ):
+        activations_from_cache(cache, tokenize(tiny, "Who?"))
 
 
 def test_a_prompt_of_special_tokens_alone_is_refused(tiny) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -7,8 +8,10 @@ import sys
 import pytest
 
 from fusion_lens import cli
+from fusion_lens.experiment import ExperimentConfig
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
+from fusion_lens.tuning import TuningConfig
 
 LINES = [
     {"id": "a", "question": "What did Lily see in the park?", "answer": "a big red ball"},
@@ -60,15 +63,15 @@ def test_stories260k_runs_through_tune_and_generate(command, stories_folder, tmp
         "tune", question, "--answer", "a big red ball", "--trials", 20, "--out", plan, *options
     )
     assert code == 0
-    assert "it said" in out
-    now = next(line for line in out.splitlines() if line.startswith("it says now"))
+    lines = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    assert lines["reference"].strip().startswith("'a big red ball")
     code, steered, _ = command("generate", question, "--question", "--plan", plan, *options)
     assert code == 0
-    assert repr(steered.strip()) in now
+    assert lines["it says now"].strip() == repr(steered.strip())
     _, plain, _ = command(
         "generate", question, "--question", "--plan", plan, "--scale", 0, *options
     )
-    assert repr(plain.strip()) in out.splitlines()[0]
+    assert lines["it said"].strip() == repr(plain.strip())
     assert plain != steered
 
 
@@ -98,6 +101,11 @@ def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
         (("run", "--arms", "magic"), "arms must be one of baseline, full, segmented, but got"),
         (("run", "--segments", "quarters"), "segments must be one of full, thirds, layers"),
         (("run", "--segments", "0"), "1 <= segments <= layers must hold"),
+        (("run", "--segments", "²"), "segments must be one of full, thirds, layers, but got '²'"),
+        (
+            ("tune", "Who?", "--answer", "x", "--storage", "nonsense"),
+            "the storage must be an Optuna",
+        ),
         (("run", "--mean", "median"), "mean must be one of question, sequence"),
         (("run", "--questions", "none.jsonl"), "none.jsonl: cannot be read"),
         (("run", "--question-id", "zz"), "every question id must be in the file, but got 'zz'"),
@@ -169,6 +177,7 @@ def test_texts_beyond_the_context_end_tune_and_generate(
         code, _, err = command(*arguments, "--model", tiny_folder)
         assert code == 1
         assert "prompt + completion must fit the model's context" in err
+        assert err.count("\n") == 1
 
 
 def test_an_output_folder_that_cannot_be_written_fails_before_the_work(
@@ -182,6 +191,34 @@ def test_an_output_folder_that_cannot_be_written_fails_before_the_work(
     code, _, err = command("tune", "Who?", "--answer", "x", "--out", place)
     assert code == 1
     assert "must be writable" in err
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_configs() -> None:
+    experiment, tuning = ExperimentConfig(), TuningConfig()
+    expected = {
+        "arms": ",".join(experiment.arms),
+        "segments": experiment.segments,
+        "trials": tuning.search.trials,
+        "round_size": tuning.search.round_size,
+        "seed": tuning.search.seed,
+        "parametrisation": tuning.search.parametrisation,
+        "objectives": tuning.search.objectives,
+        "mean": tuning.mean,
+        "positions": tuning.positions,
+        "steer_special": tuning.steer_special,
+        "max_new_tokens": tuning.generation.max_new_tokens,
+        "batch_size": tuning.generation.batch_size,
+        "explanation_tokens": tuning.explanation_tokens,
+        "explanation_marker": tuning.explanation_marker,
+        "chat": tuning.template.chat,
+    }
+    for command in (cli.run, cli.tune, cli.generate):
+        parameters = inspect.signature(command).parameters
+        shared = expected.keys() & parameters.keys()
+        assert {name: parameters[name].default for name in shared} == {
+            name: expected[name] for name in shared
+        }
+    assert expected.keys() <= inspect.signature(cli.run).parameters.keys()
 
 
 def test_help_names_the_commands_without_loading_transformer_lens() -> None:

@@ -34,13 +34,7 @@ def test_caches_of_the_users_give_the_same_deltas(tiny) -> None:
     base = question_prompt(tiny, question)
     _, reference_cache = tiny.run_with_cache(torch.tensor([reference.tokens]))
     _, base_cache = tiny.run_with_cache(torch.tensor([base.tokens]))
-    made = deltas_from_caches(
-        reference_cache,
-        base_cache,
-        reference_span=reference.span,
-        base_span=(0, len(base.tokens)),
-        special=base.special,
-    )
+    made = deltas_from_caches(reference_cache, base_cache, reference=reference, base=base)
     assert torch.allclose(made.vectors, deltas_of(tiny).vectors, atol=1e-5)
     assert made.layout == base.layout
 
@@ -58,3 +52,5 @@ def test_deltas_that_are_not_finite_are_refused(tiny) -> None:
     d = deltas_of(tiny)
     with pytest.raises(ActivationError, match="reference must be finite"):
         Deltas(reference=d.reference * float("inf"), base=d.base, layout=d.layout, model=d.model)
+    with pytest.raises(ActivationError, match="base must be on the CPU in float32 or float64, but"):
+        Deltas(reference=d.reference, base=d.base.half(), layout=d.layout, model=d.model)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 import fusion_lens.experiment as experiment
-from fusion_lens.errors import ConfigError, OutputError, PlanError
+from fusion_lens.errors import ConfigError, OutputError, PlanError, SearchError
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.plan_files import load_plan
@@ -106,6 +106,7 @@ def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
         assert content["metrics"]["perplexity"]["mean"] == pytest.approx(math.exp(sum(logs) / 3))
     assert set(summary["delta_norms"]) == {"a", "b", "c"}
     assert len(summary["delta_norms"]["a"]) == 4
+    assert all(record.explanation for record in results.records)
 
 
 def comparable(records) -> list[object]:
@@ -120,6 +121,28 @@ def test_the_same_seed_gives_the_same_run_and_blocks_do_not_matter(tiny, finishe
         assert one.coeffs == other.coeffs
         assert one.completion == other.completion
         assert one.objective == other.objective
+
+
+def test_at_a_temperature_all_arms_draw_the_same_numbers(tiny) -> None:
+    hot = dataclasses.replace(QUICK.generation, temperature=1.0)
+    config = ExperimentConfig(tuning=dataclasses.replace(QUICK, generation=hot))
+    results = run(tiny, QUESTIONS, config)
+    base = {r.question_id: r for r in results.records if r.arm == "baseline"}
+    assert len({r.completion for r in base.values()}) == 3
+    for record in results.records:
+        assert record.objective >= base[record.question_id].objective
+
+
+def test_a_storage_that_cannot_take_the_studies_fails_before_the_work(tiny, tmp_path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    config = ExperimentConfig(arms=("full",), tuning=QUICK, storage=url)
+    run(tiny, QUESTIONS[:1], config)
+    with pytest.raises(SearchError, match="the study 'a/full' must be new to the storage, but it"):
+        run(tiny, QUESTIONS[:1], config, out=tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    broken = dataclasses.replace(config, storage="nonsense")
+    with pytest.raises(SearchError, match="the storage must be an Optuna storage URL that can be"):
+        run(tiny, QUESTIONS[:1], broken)
 
 
 def test_another_seed_gives_other_coefficients(tiny, finished) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import deltas_of, n_hooks, prompts_of, strong_plan
@@ -168,6 +170,42 @@ def test_a_completion_ends_at_the_stop_token_and_holds_neither_it_nor_the_prompt
     assert all(c.ended for c in ended)
 
 
+def test_a_stop_token_of_the_checkpoint_alone_is_not_part_of_the_text(
+    tiny_folder, tmp_path
+) -> None:
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    free = generate(load_model(tiny_folder), [Row(prompts_of(load_model(tiny_folder))[0])], EIGHT)
+    third = free[0].tokens[2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, third]}))
+    model = load_model(tmp_path)
+    stopped = generate(model, [Row(prompts_of(model)[0])], EIGHT)[0]
+    cut = free[0].tokens.index(third)
+    assert stopped.ended
+    assert stopped.tokens == free[0].tokens[: cut + 1]
+    assert stopped.text == model.tokenizer.decode(stopped.tokens[:-1])
+
+
+def test_logits_that_are_not_finite_mark_their_row_and_no_other(tiny, monkeypatch) -> None:
+    rows = [Row(prompt) for prompt in prompts_of(tiny)]
+    whole = generate(tiny, rows, EIGHT)
+    real = generation.forward
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        logits = real(*args, **kwargs).clone()  # type: ignore[arg-type]
+        logits[0, -1, 7] = float("nan")
+        logits[1, -1, 7] = float("-inf")
+        return logits
+
+    monkeypatch.setattr(generation, "forward", poisoned)
+    for temperature in (0.0, 1.0):
+        config = GenerationConfig(max_new_tokens=8, temperature=temperature)
+        got = generate(tiny, rows, config)
+        # sorted by length, the shortest prompt is row 0 of the batch
+        assert [c.finite for c in got] == [True, False, True]
+    assert all(c.finite for c in whole)
+
+
 def test_samples_depend_on_their_seed_and_not_on_their_neighbours(tiny) -> None:
     prompt = prompts_of(tiny)[0]
     hot = GenerationConfig(max_new_tokens=8, temperature=1.0)
@@ -245,6 +283,11 @@ def test_settings_outside_their_range_are_refused() -> None:
         GenerationConfig(max_new_tokens=0)
     with pytest.raises(ConfigError, match=r"temperature must be 0 or above, but got -1\.0"):
         GenerationConfig(temperature=-1.0)
+
+
+def test_a_seed_no_generator_takes_is_refused(tiny) -> None:
+    with pytest.raises(ConfigError, match=r"0 <= seed < 2\*\*63 must hold, but got -1"):
+        Row(prompts_of(tiny)[0], seed=-1)
 
 
 def test_progress_counts_finished_rows(tiny) -> None:

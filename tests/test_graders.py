@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import prompts_of
 
+from fusion_lens import graders
 from fusion_lens.generation import Completion, GenerationConfig, Row, generate
 from fusion_lens.graders import completion_nll, grade
 from fusion_lens.questions import Question
@@ -49,6 +50,41 @@ def test_a_grade_holds_every_score_of_the_completion_alone() -> None:
     assert graded.objective == 0.2
     # ada byron, byron ada, ada wrote, wrote it, it ada, ada wrote, wrote it: 5 of 7
     assert graded.distinct_2 == pytest.approx(5 / 7)
+
+
+def test_a_completion_of_logits_that_are_not_finite_has_the_worst_objective() -> None:
+    question = Question(id="q", question="Who?", answer="Ada")
+    graded = grade(question, Completion("Ada", (5,), ended=True, finite=False), 0.1)
+    assert (graded.overlap, graded.perplexity, graded.exact_match) == (None, None, 0.0)
+    assert graded.objective == -0.3
+
+
+def test_an_nll_beyond_what_a_float_can_exponentiate_is_an_unscored_perplexity() -> None:
+    question = Question(id="q", question="Who?", answer="Ada")
+    graded = grade(question, Completion("Ada", (5,), ended=True), 2000.0)
+    assert graded.nll == 2000.0
+    assert graded.perplexity is None
+    assert graded.objective == 0.4
+
+
+def test_a_large_vocabulary_is_scored_in_smaller_batches(tiny, monkeypatch) -> None:
+    prompts = prompts_of(tiny)
+    config = GenerationConfig(max_new_tokens=5)
+    pairs = list(
+        zip(prompts, generate(tiny, [Row(prompt) for prompt in prompts], config), strict=True)
+    )
+    whole = completion_nll(tiny, pairs)
+    sizes = []
+    real = graders.forward
+
+    def counting(model, tokens, mask, **options):
+        sizes.append(len(tokens))
+        return real(model, tokens, mask, **options)
+
+    monkeypatch.setattr(graders, "forward", counting)
+    monkeypatch.setattr(graders, "_LOGITS_AT_ONCE", 2 * 5 * 320)
+    assert completion_nll(tiny, pairs) == pytest.approx(whole, abs=1e-5)
+    assert sizes == [2, 1]
 
 
 def test_an_alias_is_right_and_an_unscored_perplexity_costs_a_full_term() -> None:

@@ -10,7 +10,7 @@ from fusion_lens.errors import HookNameError, PlanError
 from fusion_lens.hooks import Cursor, batch_hooks, fwd_hooks, hooked, steering
 from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.plans import Plan, Segment, make_plan, per_layer
-from fusion_lens.prompts import Prompt, question_prompt
+from fusion_lens.prompts import Prompt, question_prompt, tokenize
 
 
 def around(
@@ -28,7 +28,7 @@ def around(
         torch.tensor([prompt.tokens]),
         fwd_hooks=[
             *((resid_post(layer), keep(before, layer)) for layer in layers),
-            *fwd_hooks(plan),
+            *fwd_hooks(plan, prompt=prompt),
             *((resid_post(layer), keep(after, layer)) for layer in layers),
         ],
     )
@@ -154,6 +154,24 @@ def test_a_position_limited_plan_without_an_offset_refuses_a_cached_step(
     assert n_hooks(tiny) == 0
 
 
+def test_a_chunk_of_a_prompt_without_an_offset_is_refused_where_bos_matters(tiny) -> None:
+    plan = strong_plan(tiny)
+    with pytest.raises(PlanError, match="needs the offset of a pass of 3 tokens, shorter than its"):
+        tiny.run_with_hooks(torch.tensor([[40, 41, 42]]), fwd_hooks=fwd_hooks(plan))
+    everywhere = strong_plan(tiny, steer_special=True)
+    tokens = torch.tensor([[40, 41, 42]])
+    moved = tiny.run_with_hooks(tokens, fwd_hooks=fwd_hooks(everywhere)) - tiny(tokens)
+    assert (moved.abs().amax(dim=-1) > 0.01).all()
+
+
+def test_with_the_model_at_hand_a_plan_is_checked_before_it_silently_does_nothing(
+    tiny, stories_folder
+) -> None:
+    with pytest.raises(PlanError, match="d_model must be 32, but the model has 64"):
+        fwd_hooks(strong_plan(tiny), model=load_model(stories_folder))
+    assert len(fwd_hooks(strong_plan(tiny), model=tiny)) == 4
+
+
 def test_a_sequence_mean_refuses_a_cached_step(tiny: HookedModel) -> None:
     plan = strong_plan(tiny, mean="sequence")
     with pytest.raises(PlanError, match="run it without a KV cache"):
@@ -201,10 +219,11 @@ def test_the_users_own_hooks_stay_when_steering_ends(tiny: HookedModel) -> None:
     plan = strong_plan(tiny)
     tiny.add_hook(resid_post(0), lambda resid, hook: seen.append(resid.shape[1]))
     try:
-        with steering(tiny, plan):
-            tiny(torch.tensor([[1, 40, 41]]))
+        prompt = tokenize(tiny, "Who?")
+        with steering(tiny, plan, prompt=prompt):
+            tiny(prompt.to_tensor())
         tiny(torch.tensor([[1, 40]]))
-        assert seen == [3, 2]
+        assert seen == [len(prompt.tokens), 2]
     finally:
         tiny.reset_hooks()
 
@@ -218,12 +237,13 @@ def test_hooks_are_gone_after_an_exception_and_after_an_interrupt(tiny: HookedMo
     for kind in (RuntimeError, KeyboardInterrupt):
         plan = strong_plan(tiny)
         seen: list[int] = []
+        tokens = question_prompt(tiny, "Who wrote the red book?").to_tensor()
         fail = partial(failing, tiny, kind, seen)
 
         with pytest.raises(kind):
-            tiny.run_with_hooks("Who?", fwd_hooks=[*fwd_hooks(plan), (resid_post(3), fail)])
+            tiny.run_with_hooks(tokens, fwd_hooks=[*fwd_hooks(plan), (resid_post(3), fail)])
         with pytest.raises(kind), steering(tiny, plan), tiny.hooks([(resid_post(3), fail)]):
-            tiny("Who?")
+            tiny(tokens)
         assert seen == [5, 5]
         assert n_hooks(tiny) == 0
 

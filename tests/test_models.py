@@ -42,19 +42,20 @@ def test_a_padded_cached_forward_equals_each_row_alone(tiny) -> None:
     with torch.no_grad():
         cache = KeyValues()
         forward(tiny, tokens[:, :-1], mask[:, :-1], cache=cache)
-        last = forward(tiny, tokens[:, -1:], mask, cache=cache, last_only=True)
+        last = forward(tiny, tokens[:, -1:], mask, cache=cache, last=1)
         for row, logits in zip(rows, last, strict=True):
             assert torch.allclose(tiny(torch.tensor([row]))[0, -1:], logits, atol=5e-5)
 
 
-def test_last_only_gives_the_last_position_of_the_full_logits(tiny, hooked_transformer) -> None:
+def test_the_last_positions_are_those_of_the_full_logits(tiny, hooked_transformer) -> None:
     tokens, mask = left_padded([prompt.tokens for prompt in prompts_of(tiny)], 0, "cpu")
     with torch.no_grad():
         for model in (tiny, hooked_transformer):
             whole = forward(model, tokens, mask)
-            last = forward(model, tokens, mask, last_only=True)
-            assert last.shape == (3, 1, 320)
-            assert torch.allclose(whole[:, -1:], last, atol=1e-6)
+            for n in (1, 3):
+                last = forward(model, tokens, mask, last=n)
+                assert last.shape == (3, n, 320)
+                assert torch.allclose(whole[:, -n:], last, atol=1e-6)
 
 
 def test_identity_tells_models_apart_and_not_precisions(tiny, tiny_folder, other_folder) -> None:
@@ -118,10 +119,13 @@ def test_stop_tokens_are_those_of_tokenizer_and_checkpoint(tiny_folder, tmp_path
 
 def test_evaluating_turns_gradients_off_and_the_mode_back(tiny) -> None:
     tiny.train(True)
+    tiny.unembed.training = False
+    modes = [module.training for module in tiny.modules()]
     try:
         with evaluating(tiny):
-            assert not tiny.training
+            assert not any(module.training for module in tiny.modules())
             assert not tiny(torch.tensor([[1, 40]])).requires_grad
+        assert [module.training for module in tiny.modules()] == modes
         assert tiny.training
     finally:
         tiny.train(False)
@@ -136,6 +140,10 @@ def test_a_missing_folder_a_folder_without_config_and_a_wrong_dtype_are_told_apa
         load_model(tmp_path)
     with pytest.raises(ModelError, match="such as float32, but got 'int8'"):
         load_model(tmp_path, dtype="int8")
+
+
+def test_a_dtype_may_be_torchs_own(tiny_folder) -> None:
+    assert identify(load_model(tiny_folder, dtype=torch.bfloat16)).dtype == "bfloat16"
 
 
 def test_a_corrupted_checkpoint_is_one_error(tiny_folder, tmp_path) -> None:

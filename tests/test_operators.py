@@ -38,8 +38,20 @@ def test_an_absent_nan_does_not_enter_the_mean() -> None:
     assert out[0, 1, 0] == 6.0
 
 
-def test_a_shift_is_cast_to_the_residuals_dtype() -> None:
-    resid = torch.zeros(1, 1, 2, dtype=torch.bfloat16)
-    out = add(resid, torch.ones(1, 2), torch.tensor([[True]]))
+def test_a_shift_is_added_in_float32_and_rounded_once() -> None:
+    # 256 + 1.5 = 257.5 in float32, 258 in bfloat16; with the shift rounded first it is 258 too, but
+    # 1.01 rounds to 1.0078125 and 255 + 1.01 = 256.01 to 256
+    resid = torch.tensor([[[256.0, 255.0]]], dtype=torch.bfloat16)
+    out = add(resid, torch.tensor([[1.5, 1.01]]), torch.tensor([[True]]))
     assert out.dtype == torch.bfloat16
-    assert out.tolist() == [[[1.0, 1.0]]]
+    assert out.tolist() == [[[258.0, 256.0]]]
+
+
+def test_the_running_mean_of_a_half_precision_stream_is_taken_in_float32() -> None:
+    # 1, 1, ..., 1, 257 in bfloat16: a bfloat16 sum sticks at 256; the mean is 2 exactly
+    resid = torch.ones(1, 256, 1, dtype=torch.bfloat16)
+    resid[0, -1, 0] = 257.0  # stored as 256
+    present = torch.ones(1, 256, dtype=torch.bool)
+    out = mean_shift(resid, torch.tensor([[0.0]]), torch.tensor([1.0]), present, present)
+    mean = (255 * 1.0 + 256.0) / 256
+    assert out[0, 0, 0] == torch.tensor(1.0 - mean).bfloat16()

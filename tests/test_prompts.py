@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from fusion_lens.errors import ConfigError, SpanError
+from fusion_lens.models import load_model
 from fusion_lens.prompts import (
     Layout,
     Template,
@@ -74,24 +76,58 @@ def test_special_tokens_inside_a_text_are_special_wherever_they_are(tiny) -> Non
     assert prompt.pooled == (1, 3)
 
 
+def test_a_bos_that_is_also_the_unknown_token_is_special(tiny) -> None:
+    tiny.tokenizer.unk_token = "<s>"
+    try:
+        assert tokenize(tiny, "Who?").special == (0,)
+    finally:
+        tiny.tokenizer.unk_token = None
+
+
+def test_a_token_marked_special_without_a_name_is_special(tiny_folder) -> None:
+    model = load_model(tiny_folder)
+    model.tokenizer.add_tokens([AddedToken("<|header|>", special=True)])
+    known = model.tokenizer.convert_tokens_to_ids("<|header|>")
+    prompt = tokenize(model, "a<|header|>b")
+    assert prompt.tokens[2] == known
+    assert prompt.special == (0, 2)
+
+
+def test_an_answer_of_special_tokens_is_no_answer(tiny) -> None:
+    with pytest.raises(SpanError, match="'</s>' has no known token of its own"):
+        reference_prompt(tiny, "Who?", "</s>", "Because.")
+
+
+def test_an_answer_that_also_stands_in_the_template_is_found_in_its_place(tiny) -> None:
+    template = Template(reference="\nThe answer is {answer}.\n{explanation}")
+    prompt = reference_prompt(tiny, "Who?", "e", "Yes.", template)
+    assert prompt.text.endswith("\nThe answer is e.\nYes.")
+    assert text_of(tiny, prompt).strip() == "e.\nYes."
+
+
+def test_a_prompt_becomes_a_batch_of_one(tiny) -> None:
+    prompt = tokenize(tiny, "Who?")
+    assert prompt.to_tensor().tolist() == [list(prompt.tokens)]
+
+
 def test_a_span_without_tokens_is_an_error(tiny) -> None:
-    with pytest.raises(SpanError, match="must be found in the reference's tokens, but '  '"):
+    with pytest.raises(
+        SpanError, match="must be found in the reference's tokens, but '  ' is white"
+    ):
         reference_prompt(tiny, "Who?", "  ")
-    with pytest.raises(SpanError, match="has no known token"):
+    with pytest.raises(SpanError, match="has no known token of its own"):
         tokenize(tiny, "Ada", chars=(3, 3))
 
 
 def test_an_answer_the_tokenizer_cannot_write_is_an_error(stories_folder) -> None:
     from transformers import AutoTokenizer
 
-    from fusion_lens.models import load_model
-
     model = load_model(stories_folder)
     model.tokenizer = AutoTokenizer.from_pretrained(stories_folder)
     prompt = reference_prompt(model, "Who?", "b")
     assert prompt.span == (len(prompt.tokens) - 1, len(prompt.tokens))
     model.tokenizer.unk_token = prompt.str_tokens[-1]
-    with pytest.raises(SpanError, match="'b' has no known token; give an answer the tokenizer"):
+    with pytest.raises(SpanError, match="'b' has no known token of its own; give an answer"):
         reference_prompt(model, "Who?", "b")
 
 

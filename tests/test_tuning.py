@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import dataclasses
+
 import optuna
 import pytest
 import torch
 
 import fusion_lens.tuning as tuning
-from fusion_lens.errors import ConfigError, ContextLengthError, QuestionError, SpanError
-from fusion_lens.generation import GenerationConfig, Row, generate
+from fusion_lens.errors import (
+    ActivationError,
+    ConfigError,
+    ContextLengthError,
+    QuestionError,
+    SpanError,
+)
+from fusion_lens.generation import Completion, GenerationConfig, Row, generate
 from fusion_lens.plans import Segment
 from fusion_lens.questions import Question
 from fusion_lens.search import SearchConfig
 from fusion_lens.tuning import (
     Job,
+    Scorer,
     TuningConfig,
     export_tuned,
     make_segments,
@@ -69,6 +78,37 @@ def test_a_long_reference_is_a_failure_too(tiny) -> None:
     long = Question(id="long", question="Who?", answer="Ada", explanation="so " * 100)
     _, failures = prepare(tiny, [long], QUICK)
     assert type(failures[0].cause) is ContextLengthError
+
+
+def test_activations_that_are_not_finite_are_a_failure_of_their_question_alone(
+    tiny, monkeypatch
+) -> None:
+    real = tuning.record
+
+    def failing(model, prompts, **options):
+        if any("Tom" in prompt.text for prompt in prompts):
+            raise ActivationError("activations must be finite, but a mean holds NaN or infinity.")
+        return real(model, prompts, **options)
+
+    monkeypatch.setattr(tuning, "record", failing)
+    prepared, failures = prepare(tiny, [ASKED, OTHER], QUICK)
+    assert [p.question.id for p in prepared] == ["red"]
+    assert [(f.question_id, type(f.cause)) for f in failures] == [("born", ActivationError)]
+
+
+def test_two_questions_of_one_id_are_refused(tiny) -> None:
+    with pytest.raises(ConfigError, match="question ids must be unique"):
+        prepare(tiny, [ASKED, dataclasses.replace(OTHER, id="red")], QUICK)
+
+
+def test_questions_of_one_id_prepared_apart_are_scored_apart(tiny) -> None:
+    one = prepare_one(tiny, ASKED, QUICK)
+    other = prepare_one(tiny, dataclasses.replace(ASKED, answer="Tom"), QUICK)
+    completion = Completion("Ada Lovelace", (40, 41), ended=False)
+    score = Scorer(tiny, QUICK)
+    first, second = score([one, other], [completion, completion])
+    assert (first.overlap, second.overlap) == (1.0, 0.0)
+    assert score([one], [completion])[0] is first
 
 
 def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder) -> None:
@@ -200,10 +240,9 @@ def test_an_empty_question_or_answer_is_refused(tiny) -> None:
 
 
 def test_an_answer_that_is_not_in_the_reference_is_refused(tiny) -> None:
-    question = Question(id="q", question="Who?", answer="Ada\n", explanation="")
-    template = tuning.Template(reference="\n{explanation}{answer}")
-    with pytest.raises(SpanError, match=r"'Ada\\n' is not in '\\nAda'"):
-        prepare_one(tiny, question, TuningConfig(template=template))
+    question = Question(id="q", question="Who?", answer="</s>", explanation="")
+    with pytest.raises(SpanError, match="'</s>' has no known token of its own"):
+        prepare_one(tiny, question, QUICK)
 
 
 def test_seeds_depend_on_their_parts_alone() -> None:

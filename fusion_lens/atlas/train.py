@@ -3,13 +3,17 @@
     python -m fusion_lens.atlas.train --out atlas
 
 A step draws its documents from (seed, step) and its learning rate from the step, and the state
-(weights, optimiser moments, step) is kept in safetensors and JSON, so that a run that was
-interrupted and started again ends with the weights of one that was not, on the same machine.
+(weights, optimiser moments, step) is kept in a safetensors file, so that a run that was interrupted
+and started again ends with the weights of one that was not, on the same machine.
 Matrices inside the blocks are trained with Muon (Jordan et al. 2024), the embedding and the norms
-with AdamW; warm-up, then a cosine to a tenth of the peak.
+with AdamW; warm-up, then a cosine to a tenth of the peak. Muon needs torch 2.9 or later.
+
+Where other work shares the processor, OMP_WAIT_POLICY=PASSIVE keeps a step from taking many times
+as long.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from math import cos, pi
@@ -142,6 +146,12 @@ def save_checkpoint(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> No
     half.load_state_dict(model.state_dict())
     half.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    kept = json.loads(settings.read_text(encoding="utf-8"))
+    for where_it_was_opened in ("is_local", "local_files_only"):
+        kept.pop(where_it_was_opened, None)
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name every version of 4 and 5 knows
+    settings.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _train_step(

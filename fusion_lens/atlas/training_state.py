@@ -21,7 +21,7 @@ def save_state(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     step: int,
-    config: dict[str, float],
+    config: dict[str, int | float],
 ) -> None:
     """Write the state after `step` steps; the file is whole or absent, never torn."""
     tensors = {f"model/{name}": weights.detach() for name, weights in model.named_parameters()}
@@ -43,7 +43,7 @@ def load_state(
     model: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     *,
-    config: dict[str, float],
+    config: dict[str, int | float],
 ) -> int:
     """Put a saved state into `model` and `optimizers`; gives the steps done, 0 without a file.
 
