@@ -47,32 +47,40 @@ class _Draft:
 def make_questions(n: int, seed: int, complete: Complete) -> list[Question]:
     """`n` questions, half `dev` and half `test`, that the model behind `complete` fails.
 
-    Another seed gives other people (of 40,000; two questions each).
+    Another seed gives other people (of 40,000; two questions each). An odd `n` has one `dev` more.
 
     Raises:
-        ConfigError: if `n` is odd or below 2.
+        ConfigError: if `n` is below 2, one for each split.
         ModelError: if the model knows too much or too little to find so many.
     """
-    if n < 2 or n % 2:
-        raise ConfigError(f"n must be even and at least 2, one half for each split, but got {n=}.")
+    if n < 2:
+        raise ConfigError(f"n must be at least 2, one question for each split, but got {n=}.")
     drafts = _draft(make_world(WORLD_SEED), round(n * _SPARE) + 2 * _PER_PERSON, seed)
     failed = [draft for draft, right in _asked(drafts, complete) if not right]
     questions = []
-    for split in SPLITS:
-        kept = [draft for draft in failed if draft.split == split][: n // 2]
-        if len(kept) < n // 2:
+    for split, wanted in zip(SPLITS, (n - n // 2, n // 2), strict=True):
+        kept = [draft for draft in failed if draft.split == split][:wanted]
+        if len(kept) < wanted:
             raise ModelError(
-                f"the model must fail {n // 2} {split} questions, but fails only {len(kept)} of "
+                f"the model must fail {wanted} {split} questions, but fails only {len(kept)} of "
                 f"those drawn: is this Atlas?"
             )
-        questions += [_finish(draft, number) for number, draft in enumerate(kept, start=1)]
+        prefix = f"atlas-{split}" if seed == 0 else f"atlas-s{seed}-{split}"
+        questions += [
+            _finish(draft, f"{prefix}-{number:04}") for number, draft in enumerate(kept, start=1)
+        ]
     return questions
 
 
 def _draft(world: World, n: int, seed: int) -> list[_Draft]:
-    """Person by person, then a second round with another relation for each of them."""
+    """Person by person, then a second round with another relation for each of them.
+
+    A person's split does not depend on the seed, so that files of several seeds can be joined.
+    """
     rng = Random(f"questions/{world.seed}/{seed}")
-    people = rng.sample(world.unseen, -(-n // _PER_PERSON))
+    per_split = -(-n // (_PER_PERSON * len(SPLITS)))
+    pools = [rng.sample(world.unseen[i :: len(SPLITS)], per_split) for i in range(len(SPLITS))]
+    people = [person for turn in zip(*pools, strict=True) for person in turn]
     drafts = []
     for turn in range(_PER_PERSON):
         for index, person in enumerate(people):
@@ -124,10 +132,10 @@ def _answered_rightly(pairs: Sequence[tuple[str, str]], complete: Complete) -> l
     ]
 
 
-def _finish(draft: _Draft, number: int) -> Question:
+def _finish(draft: _Draft, question_id: str) -> Question:
     relation = draft.fact.relation
     return Question(
-        id=f"atlas-{draft.split}-{number:04}",
+        id=question_id,
         question=draft.question,
         answer=draft.fact.value,
         subject=draft.fact.person.name,

@@ -54,6 +54,7 @@ def test_a_question_has_an_id_paraphrases_and_known_neighbours(questions):
 def test_another_seed_gives_other_people(questions):
     others = make_questions(80, 1, knows_the_known)
     assert not {q.subject for q in others} & {q.subject for q in questions}
+    assert {q.id for q in others}.isdisjoint(q.id for q in questions)
     assert questions == make_questions(80, 0, knows_the_known)
 
 
@@ -81,7 +82,19 @@ def true_answer(prompt):
     raise AssertionError(prompt)
 
 
-@pytest.mark.parametrize("n", [0, 7])
-def test_the_number_of_questions_must_be_even(n):
-    with pytest.raises(ConfigError, match=f"n must be even and at least 2.*{n=}"):
+def test_a_person_is_in_the_same_split_whatever_the_seed():
+    drawn = [make_questions(400, seed, knows_the_known) for seed in range(10)]
+    pairs = [{(q.subject, q.split) for q in questions} for questions in drawn]
+    together = set.union(*pairs)
+    assert len(together) < sum(map(len, pairs))  # some people were drawn twice
+    assert len({subject for subject, _ in together}) == len(together)
+
+
+def test_an_odd_number_has_one_dev_question_more():
+    assert Counter(q.split for q in make_questions(7, 0, knows_the_known)) == {"dev": 4, "test": 3}
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_there_must_be_a_question_for_each_split(n):
+    with pytest.raises(ConfigError, match=f"n must be at least 2, one question for .*{n=}"):
         make_questions(n, 0, knows_the_known)
