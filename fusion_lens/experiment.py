@@ -87,8 +87,8 @@ def run(
 ) -> Results:
     """Tune and score every question under every arm; with `out`, write the run there.
 
-    A question that cannot be steered (`SpanError`, `ContextLengthError`) is listed under `failures`
-    in the summary and the run goes on. An interrupt keeps what was finished; the summary then says
+    A question that cannot be steered is listed under `failures` in the summary with its reason, and
+    the run goes on. An interrupt keeps what was finished; the summary then says
     `interrupted`.
 
     Raises:
@@ -109,47 +109,34 @@ def run(
         tuned_arms = [arm for arm in config.arms if arm in segments]
         check_storage(config.storage, [f"{name}/{arm}" for name in ids for arm in tuned_arms])
     folder = None if out is None else open_run_folder(out)
-    order = {
-        (question.id, arm): (i, j)
-        for i, question in enumerate(questions)
-        for j, arm in enumerate(config.arms)
-    }
     began = time.perf_counter()
-    records: list[Result] = []
-    norms: dict[str, list[float]] = {}
-    failures: list[Failure] = []
+    blocks: list[_Block] = []
     interrupted = False
     try:
         for start in range(0, len(questions), config.block_size):
-            block = questions[start : start + config.block_size]
-            prepared, failed = prepare(model, block, config.tuning)
-            failures.extend(failed)
-            norms.update({item.question.id: item.deltas.norms.tolist() for item in prepared})
-            jobs = _jobs(prepared, config, segments)
             shown = _within(progress, done=start, of=len(questions), config=config)
-            score = Scorer(model, config.tuning)
-            baseline = _baseline(model, prepared, config, score)
-            tuned, interrupted = tune_jobs(model, jobs, config.tuning, score=score, progress=shown)
-            new = [*baseline, *map(_tuned_result, tuned)]
-            new.sort(key=lambda record: order[record.question_id, record.arm])
-            records.extend(new)
-            if folder is not None:
-                append_results(folder, new)
-                for plan in tuned:
-                    path = plan_path(folder, plan.job.prepared.question.id, plan.job.arm)
-                    save_plan(plan.plan, path)
-            if config.storage is not None:
-                for plan in tuned:
-                    name = f"{plan.job.prepared.question.id}/{plan.job.arm}"
-                    export_tuned(plan, config.storage, name)
-            if interrupted:
+            questions_of_block = questions[start : start + config.block_size]
+            blocks.append(_run_block(model, questions_of_block, config, segments, shown))
+            _write_block(blocks[-1], folder, config.storage)
+            if blocks[-1].interrupted:
                 break
     except KeyboardInterrupt:
         interrupted = True
-    summary = _summary(identity, config, questions, records, failures)
-    summary |= {
-        "delta_norms": norms,
-        "interrupted": interrupted,
+    records = [record for block in blocks for record in block.records]
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "provenance": asdict(_provenance(identity, config, questions)),
+        "arms": {
+            arm: _arm([record for record in records if record.arm == arm], config)
+            for arm in config.arms
+        },
+        "failures": [_failure(failure) for block in blocks for failure in block.failures],
+        "delta_norms": {
+            item.question.id: item.deltas.norms.tolist()
+            for block in blocks
+            for item in block.prepared
+        },
+        "interrupted": interrupted or any(block.interrupted for block in blocks),
         "seconds": round(time.perf_counter() - began, 2),
     }
     if folder is not None:
@@ -157,14 +144,48 @@ def run(
     return Results(tuple(records), summary)
 
 
-def _jobs(
-    prepared: Sequence[Prepared],
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some questions under every arm."""
+
+    prepared: Sequence[Prepared]
+    failures: Sequence[Failure]
+    tuned: Sequence[TunedPlan]
+    records: Sequence[Result]
+    interrupted: bool
+
+
+def _run_block(
+    model: HookedModel,
+    questions: Sequence[Question],
     config: ExperimentConfig,
     segments: Mapping[str, tuple[Segment, ...]],
-) -> list[Job]:
-    return [
+    progress: Progress | None,
+) -> _Block:
+    prepared, failures = prepare(model, questions, config.tuning)
+    score = Scorer(model, config.tuning)
+    baseline = _baseline(model, prepared, config, score)
+    jobs = [
         Job(item, segments[arm], arm) for item in prepared for arm in config.arms if arm in segments
     ]
+    tuned, interrupted = tune_jobs(model, jobs, config.tuning, score=score, progress=progress)
+    order = [question.id for question in questions]
+    records = sorted(
+        [*baseline, *map(_tuned_result, tuned)],
+        key=lambda record: (order.index(record.question_id), config.arms.index(record.arm)),
+    )
+    return _Block(prepared, failures, tuned, records, interrupted)
+
+
+def _write_block(block: _Block, folder: Path | None, storage: str | None) -> None:
+    if folder is not None:
+        append_results(folder, block.records)
+    for tuned in block.tuned:
+        question_id, arm = tuned.job.prepared.question.id, tuned.job.arm
+        if folder is not None:
+            save_plan(tuned.plan, plan_path(folder, question_id, arm))
+        if storage is not None:
+            export_tuned(tuned, storage, f"{question_id}/{arm}")
 
 
 def _baseline(
@@ -223,41 +244,29 @@ def _result(prepared: Prepared, arm: str, graded: Graded, seconds: float) -> Res
     )
 
 
-def _summary(
-    identity: ModelIdentity,
-    config: ExperimentConfig,
-    questions: Sequence[Question],
-    records: Sequence[Result],
-    failures: Sequence[Failure],
-) -> dict[str, Any]:
-    seed = config.tuning.search.seed
-    provenance = Provenance.of(
+def _provenance(
+    identity: ModelIdentity, config: ExperimentConfig, questions: Sequence[Question]
+) -> Provenance:
+    return Provenance.of(
         identity,
-        seed=seed,
+        seed=config.tuning.search.seed,
         questions_sha256=questions_digest(questions),
         settings=_settings(config),
         threads=torch.get_num_threads(),
     )
+
+
+def _failure(failure: Failure) -> dict[str, str]:
     return {
-        "schema_version": SCHEMA_VERSION,
-        "provenance": asdict(provenance),
-        "arms": {
-            arm: _arm([record for record in records if record.arm == arm], seed)
-            for arm in config.arms
-        },
-        "failures": [
-            {
-                "question_id": failure.question_id,
-                "error": type(failure.cause).__name__,
-                "message": str(failure.cause),
-            }
-            for failure in failures
-        ],
+        "question_id": failure.question_id,
+        "error": type(failure.cause).__name__,
+        "message": str(failure.cause),
     }
 
 
-def _arm(records: Sequence[Result], seed: int) -> dict[str, Any]:
+def _arm(records: Sequence[Result], config: ExperimentConfig) -> dict[str, Any]:
     clusters = [record.subject for record in records]
+    seed = config.tuning.search.seed
     metrics = {name: asdict(_interval(name, records, seed)) for name in METRICS}
     arm: dict[str, Any] = {"n": len(records), "clusters": len(set(clusters)), "metrics": metrics}
     tuned = [record for record in records if record.coeffs]
