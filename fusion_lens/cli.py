@@ -7,10 +7,11 @@ packages are imported inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ from fusion_lens.errors import ConfigError, FusionLensError, OutputError, Questi
 if TYPE_CHECKING:
     from fusion_lens.models import HookedModel
     from fusion_lens.questions import Question
-    from fusion_lens.tuning import Progress, TuningConfig
+    from fusion_lens.tuning import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,40 +45,10 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")]
-TrialsOption = Annotated[
-    int, typer.Option(help="Trials per question and tuned arm, the zero plan included.")
-]
-RoundOption = Annotated[
-    int, typer.Option(help="Trials asked at once; the sampler learns between rounds.")
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of samplers and bootstrap.")]
 SegmentsOption = Annotated[
     str, typer.Option(help="full, thirds, layers, or a number of even segments.")
 ]
-SpaceOption = Annotated[
-    str,
-    typer.Option(
-        help="coeff: one coefficient in [0, 1.5] per segment; alpha_gamma: the paper's pair."
-    ),
-]
-ObjectivesOption = Annotated[
-    str,
-    typer.Option(
-        help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart."
-    ),
-]
-MeanOption = Annotated[
-    str,
-    typer.Option(help="question: a constant shift; sequence: the authors' hook, without a cache."),
-]
-PositionsOption = Annotated[str, typer.Option(help="all, prompt or completion.")]
-SpecialOption = Annotated[bool, typer.Option(help="Steer BOS and other special tokens too.")]
 TokensOption = Annotated[int, typer.Option(help="New tokens per completion, at most.")]
-ExplainOption = Annotated[int, typer.Option(help="Tokens of the model's own explanation; 0: none.")]
-MarkerOption = Annotated[
-    str | None,
-    typer.Option(help="Text that the model's explanation follows, such as **Explanation:**."),
-]
 BatchOption = Annotated[int, typer.Option(help="Rows generated at once.")]
 ChatOption = Annotated[bool, typer.Option(help="Wrap questions in the tokenizer's chat template.")]
 StorageOption = Annotated[
@@ -85,7 +56,86 @@ StorageOption = Annotated[
 ]
 
 
+def _tuning_config(
+    trials: Annotated[
+        int, typer.Option(help="Trials per question and tuned arm, the zero plan included.")
+    ] = 30,
+    round_size: Annotated[
+        int, typer.Option(help="Trials asked at once; the sampler learns between rounds.")
+    ] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of samplers and bootstrap.")] = 0,
+    parametrisation: Annotated[
+        str,
+        typer.Option(help="coeff: one in [0, 1.5] per segment; alpha_gamma: the paper's pair."),
+    ] = "coeff",
+    objectives: Annotated[
+        str,
+        typer.Option(
+            help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart."
+        ),
+    ] = "weighted",
+    mean: Annotated[
+        str,
+        typer.Option(
+            help="question: a constant shift; sequence: the authors' hook, without a cache."
+        ),
+    ] = "question",
+    positions: Annotated[str, typer.Option(help="all, prompt or completion.")] = "all",
+    steer_special: Annotated[
+        bool, typer.Option(help="Steer BOS and other special tokens too.")
+    ] = False,
+    max_new_tokens: TokensOption = 48,
+    explanation_tokens: Annotated[
+        int, typer.Option(help="Tokens of the model's own explanation; 0: none.")
+    ] = 48,
+    explanation_marker: Annotated[
+        str | None,
+        typer.Option(help="Text that the model's explanation follows, such as **Explanation:**."),
+    ] = None,
+    batch_size: BatchOption = 128,
+    chat: ChatOption = False,
+) -> Any:
+    """The options that `run` and `tune` share, as a `TuningConfig`."""
+    from fusion_lens.generation import GenerationConfig
+    from fusion_lens.prompts import Template
+    from fusion_lens.search import SearchConfig
+    from fusion_lens.tuning import TuningConfig
+
+    return TuningConfig(
+        search=SearchConfig(
+            trials=trials,
+            round_size=round_size,
+            seed=seed,
+            parametrisation=parametrisation,
+            objectives=objectives,
+        ),
+        generation=GenerationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size),
+        template=Template(chat=chat),
+        mean=mean,
+        positions=positions,
+        steer_special=steer_special,
+        explanation_tokens=explanation_tokens,
+        explanation_marker=explanation_marker,
+    )
+
+
+def _with_tuning(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with the options of `_tuning_config` in the place of its parameter `tuning`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    shared = inspect.signature(_tuning_config, eval_str=True).parameters
+
+    def wrapped(**options: Any) -> int:
+        config = _tuning_config(**{name: options.pop(name) for name in shared})
+        return command(**options, tuning=config)
+
+    kept = [parameter for name, parameter in own.items() if name != "tuning"]
+    wrapped.__signature__ = inspect.Signature([*kept, *shared.values()])  # type: ignore[attr-defined]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
+
+
 @app.command()
+@_with_tuning
 def run(
     out: Annotated[
         Path, typer.Option(help="Folder of the run; an earlier run in it is replaced.")
@@ -100,27 +150,15 @@ def run(
     ] = None,
     arms: Annotated[str, typer.Option(help="Comma-separated.")] = "baseline,full,segmented",
     model: ModelOption = None,
-    trials: TrialsOption = 30,
-    round_size: RoundOption = 5,
-    seed: SeedOption = 0,
     segments: SegmentsOption = "thirds",
-    parametrisation: SpaceOption = "coeff",
-    objectives: ObjectivesOption = "weighted",
-    mean: MeanOption = "question",
-    positions: PositionsOption = "all",
-    steer_special: SpecialOption = False,
-    max_new_tokens: TokensOption = 48,
-    explanation_tokens: ExplainOption = 48,
-    explanation_marker: MarkerOption = None,
-    batch_size: BatchOption = 128,
-    chat: ChatOption = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     storage: StorageOption = None,
+    *,
+    tuning: Any,
 ) -> int:
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
-    options = locals()
     from rich.console import Console
 
     from fusion_lens.experiment import ExperimentConfig
@@ -134,7 +172,7 @@ def run(
     config = ExperimentConfig(
         arms=tuple(arms.split(",")),
         segments=_segments(segments),
-        tuning=_tuning_config(options),
+        tuning=tuning,
         storage=storage,
     )
     chosen = select_questions(
@@ -162,6 +200,7 @@ def run(
 
 
 @app.command()
+@_with_tuning
 def tune(
     question: Annotated[str, typer.Argument(help="The question, without any template.")],
     answer: Annotated[str, typer.Option(help="The gold answer.")],
@@ -172,27 +211,15 @@ def tune(
         "plan.safetensors"
     ),
     model: ModelOption = None,
-    trials: TrialsOption = 30,
-    round_size: RoundOption = 5,
-    seed: SeedOption = 0,
     segments: SegmentsOption = "thirds",
-    parametrisation: SpaceOption = "coeff",
-    objectives: ObjectivesOption = "weighted",
-    mean: MeanOption = "question",
-    positions: PositionsOption = "all",
-    steer_special: SpecialOption = False,
-    max_new_tokens: TokensOption = 48,
-    explanation_tokens: ExplainOption = 48,
-    explanation_marker: MarkerOption = None,
-    batch_size: BatchOption = 128,
-    chat: ChatOption = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     storage: StorageOption = None,
+    *,
+    tuning: Any,
 ) -> int:
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
-    options = locals()
     from fusion_lens.plan_files import save_plan
     from fusion_lens.questions import Question
     from fusion_lens.search import check_storage
@@ -200,14 +227,13 @@ def tune(
     from fusion_lens.tuning import tune as tune_question
 
     asked = Question(id="question", question=question, answer=answer, explanation=explanation)
-    config = _tuning_config(options)
     _require_writable(out)
     if storage is not None:
         check_storage(storage, [asked.question])
     opened = _load(model, dtype, device)
     with _progress() as progress:
         tuned = tune_question(
-            opened, asked, segments=_segments(segments), config=config, progress=progress
+            opened, asked, segments=_segments(segments), config=tuning, progress=progress
         )
     save_plan(tuned.plan, out)
     if storage is not None:
@@ -300,25 +326,6 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
-
-
-def _tuning_config(options: dict[str, Any]) -> TuningConfig:
-    from fusion_lens.generation import GenerationConfig
-    from fusion_lens.prompts import Template
-    from fusion_lens.search import SearchConfig
-    from fusion_lens.tuning import TuningConfig
-
-    def chosen(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names}
-
-    return TuningConfig(
-        search=SearchConfig(
-            **chosen("trials", "round_size", "seed", "parametrisation", "objectives")
-        ),
-        generation=GenerationConfig(**chosen("max_new_tokens", "batch_size")),
-        template=Template(chat=options["chat"]),
-        **chosen("mean", "positions", "steer_special", "explanation_tokens", "explanation_marker"),
-    )
 
 
 def _segments(text: str) -> str | int:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fusion_lens import cli
+from fusion_lens import cli, experiment
 from fusion_lens.experiment import ExperimentConfig
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
@@ -193,11 +193,26 @@ def test_an_output_folder_that_cannot_be_written_fails_before_the_work(
     assert "must be writable" in err
 
 
+def test_an_interrupted_run_says_so_and_exits_with_130(
+    command, stories_folder, questions, tmp_path, monkeypatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "tune_jobs", interrupted)
+    code, out, _ = command(
+        "run", "--model", stories_folder, "--questions", questions, "--out", tmp_path / "run"
+    )
+    assert code == 130
+    assert "interrupted" in out
+    assert load_results(tmp_path / "run").summary["interrupted"]
+
+
 def test_the_defaults_of_the_command_line_are_those_of_the_configs() -> None:
-    experiment, tuning = ExperimentConfig(), TuningConfig()
+    defaults, tuning = ExperimentConfig(), TuningConfig()
     expected = {
-        "arms": ",".join(experiment.arms),
-        "segments": experiment.segments,
+        "arms": ",".join(defaults.arms),
+        "segments": defaults.segments,
         "trials": tuning.search.trials,
         "round_size": tuning.search.round_size,
         "seed": tuning.search.seed,

@@ -155,10 +155,14 @@ def test_another_seed_gives_other_coefficients(tiny, finished) -> None:
 
 def test_a_question_that_fails_is_recorded_with_its_reason_and_the_run_goes_on(tiny) -> None:
     long = Question(id="long", question="Who " * 80, answer="Ada")
-    results = run(tiny, [QUESTIONS[0], long], ExperimentConfig(tuning=QUICK))
-    assert [f["question_id"] for f in results.summary["failures"]] == ["long"]
-    assert results.summary["failures"][0]["error"] == "ContextLengthError"
-    assert "must fit the model's context" in results.summary["failures"][0]["message"]
+    nothing = Question(id="nothing", question="Who?", answer="</s>")
+    results = run(tiny, [QUESTIONS[0], long, nothing], ExperimentConfig(tuning=QUICK))
+    failures = {f["question_id"]: (f["error"], f["message"]) for f in results.summary["failures"]}
+    assert failures.keys() == {"long", "nothing"}
+    assert failures["long"][0] == "ContextLengthError"
+    assert "must fit the model's context" in failures["long"][1]
+    assert failures["nothing"][0] == "SpanError"
+    assert "the answer must be found in the reference's tokens" in failures["nothing"][1]
     assert {r.question_id for r in results.records} == {"a"}
 
 
