@@ -106,8 +106,7 @@ class _Group:
     """All first (second, ...) steps of a batch that act alike: one tensor for all rows and layers.
 
     `active[row, layer]` tells whether the row has such a step on that layer. `tensor` is the shift,
-    or with
-    `mean="sequence"` the reference.
+    or with `mean="sequence"` the reference.
     """
 
     mean: str

@@ -1,10 +1,8 @@
-"""The only door to TransformerLens: open a model, name its hooks, tell which model it is, run one
-pass.
+"""The only door to TransformerLens: open a model, name its hooks, identify it, run one pass.
 
 Anything with TransformerLens hook points is accepted as it is: a `TransformerBridge` (3.x, 4.x) or
-the older
-`HookedTransformer`. `load_model` opens a bridge with unprocessed weights, the basis of Hugging
-Face.
+the older `HookedTransformer`. `load_model` opens a bridge with unprocessed weights, the basis of
+Hugging Face.
 """
 
 from __future__ import annotations
