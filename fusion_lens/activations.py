@@ -82,9 +82,17 @@ def activations_from_cache(cache: Any, prompt: Prompt, *, row: int = 0) -> Activ
 
     Raises:
         SpanError: if the cache holds another number of tokens, or the prompt none to pool over.
+        ActivationError: if a layer is missing.
     """
     identity = identify(cache.model)
-    streams = [cache[resid_post(layer)] for layer in range(identity.n_layers)]
+    names = [resid_post(layer) for layer in range(identity.n_layers)]
+    missing = [name for name in names if name not in cache]
+    if missing:
+        raise ActivationError(
+            f"the cache must hold every layer's hook_resid_post, but has no {missing[0]}; "
+            "leave its names_filter out or widen it."
+        )
+    streams = [cache[name] for name in names]
     stacked = torch.stack([stream[row] if stream.ndim == 3 else stream for stream in streams])
     if stacked.shape[1] != len(prompt.tokens):
         raise SpanError(

@@ -71,7 +71,8 @@ def _tuning_config(
     objectives: Annotated[
         str,
         typer.Option(
-            help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart."
+            help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart "
+            "(the plan chosen is still the weighted best)."
         ),
     ] = "weighted",
     mean: Annotated[
@@ -175,16 +176,23 @@ def run(
         tuning=tuning,
         storage=storage,
     )
+    available = _questions(questions, model)
     chosen = select_questions(
-        _questions(questions, model),
+        available,
         split=None if question_id else split,
         ids=tuple(question_id or ()),
         limit=None if question_id else limit,
     )
+    source = {
+        "file": "atlas" if questions is None else questions.name,
+        "split": None if question_id else split,
+        "limit": None if question_id else limit,
+        "available": sum(q.split in (None, split) for q in available),
+    }
     _require_writable(out / "results.jsonl")
     opened = _load(model, dtype, device)
     with _progress() as progress:
-        results = run_experiment(opened, chosen, config, out=out, progress=progress)
+        results = run_experiment(opened, chosen, config, out=out, source=source, progress=progress)
     Console().print(summary_table(results.summary))
     for line in tuned_lines(results.summary):
         print(line)
@@ -282,7 +290,7 @@ def generate(
 @app.command()
 def questions(
     atlas: Annotated[int, typer.Option("--atlas", help="How many questions to make.")],
-    seed: Annotated[int, typer.Option(help="Another seed asks about other people.")] = 1,
+    seed: Annotated[int, typer.Option(help="Another seed draws other people of the world.")] = 1,
     out: Annotated[Path, typer.Option(help="The JSONL file to write.")] = Path("questions.jsonl"),
     batch_size: BatchOption = 128,
 ) -> int:
@@ -405,8 +413,11 @@ def _tuned_text(tuned: Any) -> str:
     if tuned.tuned.zero_won:
         lines.append(("note", "no trial beat the zero plan: the saved plan does not steer"))
     if len(tuned.tuned.front) > 1:
-        front = [f"#{t.number} ({t.outcome.objective:+.3f})" for t in tuned.tuned.front]
-        lines.append(("pareto front", ", ".join(front)))
+        for trial in tuned.tuned.front:
+            coeffs = ", ".join(f"{name} {c:.3f}" for name, c in trial.coeffs.items())
+            overlap, perplexity = trial.outcome.overlap, _shown(trial.outcome.perplexity)
+            text = f"overlap {_shown(overlap)}, perplexity {perplexity}: {coeffs}"
+            lines.append((f"front #{trial.number}", text))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 

@@ -83,9 +83,12 @@ def run(
     config: ExperimentConfig | None = None,
     *,
     out: str | Path | None = None,
+    source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Tune and score every question under every arm; with `out`, write the run there.
+
+    `source` tells where the questions are from, for the provenance.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
     the run goes on. An interrupt keeps what was finished; the summary then says
@@ -126,6 +129,7 @@ def run(
     summary = {
         "schema_version": SCHEMA_VERSION,
         "provenance": asdict(_provenance(identity, config, questions)),
+        "questions": {"n": len(questions), **(source or {})},
         "arms": {
             arm: _arm([record for record in records if record.arm == arm], config)
             for arm in config.arms
@@ -271,11 +275,17 @@ def _arm(records: Sequence[Result], config: ExperimentConfig) -> dict[str, Any]:
     arm: dict[str, Any] = {"n": len(records), "clusters": len(set(clusters)), "metrics": metrics}
     tuned = [record for record in records if record.coeffs]
     if tuned:
+        # a zero plan's coefficients say nothing about how strongly to steer
+        steered = [record for record in tuned if not record.zero_won]
         arm |= {
+            "n_trials": [min(r.n_trials for r in tuned), max(r.n_trials for r in tuned)],
+            "steered": len(steered),
             "coeffs_median": {
-                name: median(record.coeffs[name] for record in tuned) for name in tuned[0].coeffs
+                name: median(record.coeffs[name] for record in steered)
+                for name in tuned[0].coeffs
+                if steered
             },
-            "zero_won": sum(bool(record.zero_won) for record in tuned) / len(tuned),
+            "zero_won": 1 - len(steered) / len(tuned),
             "tied": sum(bool(record.tied) for record in tuned) / len(tuned),
         }
     return arm
@@ -284,7 +294,8 @@ def _arm(records: Sequence[Result], config: ExperimentConfig) -> dict[str, Any]:
 def _interval(name: str, records: Sequence[Result], seed: int) -> Interval:
     clusters = [record.subject for record in records]
     if name != "perplexity":
-        return cluster_bootstrap([getattr(r, name) for r in records], clusters, seed=seed)
+        values = [getattr(record, name) for record in records]
+        return cluster_bootstrap(values, clusters, seed=seed, share=name == "exact_match")
     # a mean of perplexities is the mean of its outliers: exponentiate the mean nll instead
     nll = cluster_bootstrap([record.nll for record in records], clusters, seed=seed)
     return replace(

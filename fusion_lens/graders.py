@@ -2,7 +2,7 @@
 
 Fluency is the mean negative log-likelihood per completion token given the prompt, end-of-text
 included where it was generated, under the *unsteered* model; perplexity is its exponential,
-unclipped (METHOD 1.3).
+unclipped (docs/method.md).
 """
 
 from __future__ import annotations

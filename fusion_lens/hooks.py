@@ -2,7 +2,7 @@
 
 Positions are absolute: position t of a row is counted from its first token, never from the start of
 the current pass ("skip when the length is 1" and "last position only" break under a KV cache,
-METHOD 7). A hook therefore has to know the offset of the pass it sees.
+docs/method.md). A hook therefore has to know the offset of the pass it sees.
 """
 
 from __future__ import annotations
@@ -148,11 +148,16 @@ class _Batch:
         leading = next((t for t in range(layout.length) if t not in layout.special), 0)
         if everywhere and (length <= leading or group.steer_special or not layout.special):
             return layout.length
+        if length < layout.length and group.mean == "sequence":
+            raise PlanError(
+                'a plan with mean="sequence" needs the whole sequence in every pass, but got '
+                f"{length} tokens of a prompt of {layout.length}; run it without a KV cache."
+            )
         if length < layout.length:
             raise PlanError(
                 f"a position-limited plan needs the offset of a pass of {length} tokens, shorter "
-                f"than its prompt of {layout.length}; give offset= (the number of cached "
-                "positions), or prompt= for another prompt."
+                f"than its prompt of {layout.length}; give fwd_hooks its offset= (the number of "
+                "cached positions) or the prompt= that is run, or run without a KV cache."
             )
         return 0
 

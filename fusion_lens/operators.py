@@ -1,7 +1,7 @@
 """How a residual is changed: pure tensor maths, no model, no positions.
 
 `where` rather than a product with a mask: outside the mask the output *is* the input, bit for bit,
--0.0 and NaN included. Source of both formulas: Fusion Steering (arXiv 2505.22572), METHOD 1.2.
+-0.0 and NaN included. Source of both formulas: Fusion Steering (arXiv 2505.22572), docs/method.md.
 """
 
 from __future__ import annotations

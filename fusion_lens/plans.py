@@ -4,8 +4,8 @@ A plan is an ordered list of steps; a step is one question's deltas, a division 
 segments, a coefficient per segment, and at which positions. With `mean="question"` a step adds
 `shift[l] = coeff[segment(l)] * (h[l] - mu[l])`, a constant; with `mean="sequence"` it is the hook
 of Fusion Steering's authors, `coeff * (h[l] - m[l])` with `m` the mean over the sequence as it
-stands (arXiv 2505.22572, METHOD 1.2). The authors' (alpha, gamma) act only through their product:
-that product is the coefficient.
+stands (arXiv 2505.22572, docs/method.md). The authors' (alpha, gamma) act only through their
+product: that product is the coefficient.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Real
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -65,8 +65,9 @@ class Step:
         one_of("positions", self.positions, POSITIONS)
         if len(self.coeffs) != len(self.segments):
             raise PlanError(
-                "every segment must have one coefficient, "
-                f"but got {len(self.segments)} segments and {len(self.coeffs)} coefficients."
+                "every segment must have one coefficient, but got "
+                f"{len(self.segments)} segments and {len(self.coeffs)} coefficients; "
+                "give segments=, such as per_layer(n_layers)."
             )
         if not all(-1e6 < coeff < 1e6 for coeff in self.coeffs):
             raise PlanError(f"coefficients must be finite and below 1e6, but got {self.coeffs}.")
@@ -126,8 +127,16 @@ class Plan:
 
     @property
     def injected_norm(self) -> float:
-        """sqrt(sum over layers of ||shift[l]||^2), in residual units."""
-        return float(torch.stack([step.shift for step in self.steps]).sum(dim=0).norm())
+        """sqrt(sum over layers of ||shift[l]||^2), in residual units, where it is largest.
+
+        Steps at the same positions add up; of prompt and completion the larger counts. With
+        `mean="sequence"` it is nominal: the question's mean stands in for the running one.
+        """
+        return max(self._norm_at("prompt"), self._norm_at("completion"))
+
+    def _norm_at(self, position: str) -> float:
+        shifts = [step.shift for step in self.steps if step.positions in ("all", position)]
+        return float(torch.stack(shifts).sum(dim=0).norm()) if shifts else 0.0
 
     @property
     def needs_sequence(self) -> bool:
@@ -197,7 +206,7 @@ def even_segments(n_layers: int, n_segments: int) -> tuple[Segment, ...]:
 
 def make_plan(
     deltas: Deltas,
-    coeffs: float | Real | Sequence[float] | Mapping[str, float],
+    coeffs: float | Sequence[float] | Mapping[str, float] | np.ndarray | np.generic | Tensor,
     segments: Sequence[Segment] | None = None,
     *,
     mean: str = "question",
@@ -210,6 +219,8 @@ def make_plan(
         PlanError: if a segment is unknown, lies outside the model or lacks a coefficient.
     """
     n_layers = deltas.model.n_layers
+    if isinstance(coeffs, (np.ndarray, np.generic, Tensor)):
+        coeffs = coeffs.tolist()
     if not isinstance(coeffs, (Sequence, Mapping)):
         segments = tuple(segments or full(n_layers))
         values: tuple[float, ...] = (float(coeffs),) * len(segments)

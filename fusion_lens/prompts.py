@@ -1,6 +1,6 @@
 """A question -> text and tokens, and which tokens are the answer.
 
-Texts are those of Fusion Steering (arXiv 2505.22572), as METHOD 1.1 and 1.3 restate them. Special
+Texts are those of Fusion Steering (arXiv 2505.22572), as docs/method.md restates them. Special
 tokens are found by id and shown (`Prompt.special`), never guessed from a position.
 """
 

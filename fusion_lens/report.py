@@ -44,26 +44,33 @@ def markdown_table(summary: Mapping[str, Any]) -> str:
 
 
 def tuned_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Per tuned arm: median coefficients, how often the zero plan won, how often trials tied."""
-    return [
-        f"{name}: median coefficient "
-        + ", ".join(f"{segment} {coeff:.2f}" for segment, coeff in arm["coeffs_median"].items())
-        + f"; zero plan won {arm['zero_won']:.0%}, trials tied {arm['tied']:.0%}"
-        for name, arm in summary["arms"].items()
-        if "coeffs_median" in arm
-    ]
+    """Per tuned arm: trials, how often the zero plan won or trials tied, median coefficients."""
+    lines = []
+    for name, arm in summary["arms"].items():
+        if "coeffs_median" not in arm:
+            continue
+        trials = " to ".join(map(str, sorted(set(arm["n_trials"]))))
+        line = f"{name}: {trials} trials; zero plan won {arm['zero_won']:.0%}, trials tied "
+        line += f"{arm['tied']:.0%}"
+        if arm["steered"]:
+            medians = (f"{segment} {c:.2f}" for segment, c in arm["coeffs_median"].items())
+            line += f"; median coefficient of the other {arm['steered']}: {', '.join(medians)}"
+        lines.append(line)
+    return lines
 
 
 def caption(summary: Mapping[str, Any]) -> str:
     """Model, number of questions and subjects, and what the intervals are."""
     arms = summary["arms"].values()
     n = max((arm["n"] for arm in arms), default=0)
+    available = summary["questions"].get("available", 0)
+    of = f" of {available}" if available > n else ""
     clusters = max((arm["clusters"] for arm in arms), default=0)
     unit = "every question its own cluster" if clusters == n else f"{clusters} subjects"
     ended = ", interrupted" if summary["interrupted"] else ""
     failed = f", {len(summary['failures'])} failed" if summary["failures"] else ""
     return (
-        f"{summary['provenance']['model']}: {n} questions ({unit}){failed}{ended}; "
+        f"{summary['provenance']['model']}: {n}{of} questions ({unit}){failed}{ended}; "
         "mean [95 % cluster bootstrap]"
     )
 

@@ -135,7 +135,7 @@ def open_run_folder(folder: str | Path) -> Path:
     records = [folder / "summary.json", folder / "results.jsonl"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not any(path.exists() for path in records):
+        if any(folder.iterdir()) and not _holds_run(*records):
             raise OutputError(folder, "it has files that are not a run's")
         (folder / "plans").mkdir(exist_ok=True)
         figures = [*(folder / "figures").glob("*.html"), *(folder / "figures").glob("*.png")]
@@ -147,6 +147,13 @@ def open_run_folder(folder: str | Path) -> Path:
     except OSError as error:
         raise OutputError(folder, error.strerror or str(error)) from error
     return folder
+
+
+def _holds_run(summary: Path, results: Path) -> bool:
+    if results.exists():
+        content = results.read_bytes()
+        return not content or b'"question_id"' in content.split(b"\n", 1)[0]
+    return summary.exists() and b'"schema_version"' in summary.read_bytes()
 
 
 def append_results(folder: Path, records: Iterable[Result]) -> None:

@@ -1,7 +1,7 @@
 """Completion text + gold answer -> scores. The text metrics; no model.
 
 A completion is scored without its prompt. What cannot be scored has the value None ("unscored"),
-never 0. Definitions: METHOD 1.3 of the project's method notes, restated in each docstring.
+never 0. Definitions: docs/method.md, restated in each docstring.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ their outcomes in the order asked, and many searches can share one batch of gene
 two. The zero plan is always trial 1 of the n. Objectives arrive rounded (`scores.objective`),
 because ties are the rule and 1e-7 of noise on a tie changes what TPE proposes next.
 
-The objective is METHOD 1.3's `w*overlap - (1-w)*min(PPL/100, 1)`, or its two terms kept apart.
+The objective is `w*overlap - (1-w)*min(PPL/100, 1)`, or its two terms kept apart.
 """
 
 from __future__ import annotations
@@ -240,25 +240,6 @@ class Search(Generic[T]):
             if not isinstance(sampler, optuna.samplers.GridSampler):
                 raise
             self._exhausted = sampler.is_exhausted(self._study)
-
-
-def tune(
-    evaluate: Callable[[list[Coeffs]], Sequence[T]],
-    segments: Sequence[str],
-    norm: Callable[[Coeffs], float],
-    config: SearchConfig | None = None,
-) -> Tuned[T]:
-    """Run one search to its end; an interrupt gives the trials so far (and is raised if there are
-    none)."""
-    search: Search[T] = Search(segments, config or SearchConfig(), norm)
-    while not search.done:
-        try:
-            search.tell(evaluate(search.ask()))
-        except KeyboardInterrupt:
-            if not search.started:
-                raise
-            return search.result(interrupted=True)
-    return search.result()
 
 
 def export_study(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 N_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -33,9 +33,12 @@ class Interval:
 
 
 def cluster_bootstrap(
-    values: Sequence[float | None], clusters: Sequence[str], *, seed: int = 0
+    values: Sequence[float | None], clusters: Sequence[str], *, seed: int = 0, share: bool = False
 ) -> Interval:
     """The mean of `values` (None: unscored) with a cluster-bootstrap interval.
+
+    With `share` the values are 0 or 1. Where all of them are equal every resample is the same, and
+    the interval is Wilson's over clusters instead: 0 of 60 is not 0 for certain.
 
     Raises:
         ValueError: if the two have different lengths.
@@ -53,6 +56,12 @@ def cluster_bootstrap(
     mean = float(sums.sum() / counts.sum())
     if len(names) < 2:
         return Interval(mean, None, None, len(pairs), unscored, len(names))
+    if share and mean in (0.0, 1.0):
+        wilson = binomtest(round(mean * len(names)), len(names)).proportion_ci(
+            CONFIDENCE, method="wilson"
+        )
+        low, high = float(wilson.low), float(wilson.high)
+        return Interval(mean, low, high, len(pairs), unscored, len(names))
     result = bootstrap(
         (sums, counts),
         lambda s, c, axis=-1: s.sum(axis=axis) / c.sum(axis=axis),
@@ -61,6 +70,7 @@ def cluster_bootstrap(
         n_resamples=N_RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
+        batch=100,
         rng=np.random.default_rng(seed),
     )
     low, high = result.confidence_interval

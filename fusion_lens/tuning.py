@@ -276,7 +276,7 @@ def tune(
     """Tune one question's plan: coefficients per segment that make the model say the answer,
     fluently.
 
-    An interrupt gives the trials so far (`tuned.interrupted`) and leaves the model without hooks.
+    An interrupt gives the trials so far (`.tuned.interrupted`) and leaves the model without hooks.
 
     Raises:
         QuestionError: if question or answer is empty.

@@ -60,6 +60,7 @@ def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "provenance": {"model": "tiny"},
+        "questions": {"n": 12, "available": 12},
         "arms": arms,
         "failures": [],
         "interrupted": False,
@@ -72,7 +73,13 @@ def make_results() -> Results:
     arms = {
         "baseline": arm(exact_match=interval(0.0, 0.0, 0.0)),
         "segmented": arm()
-        | {"coeffs_median": {"early": 0.75, "late": 0.25}, "zero_won": 0.5, "tied": 0.0},
+        | {
+            "n_trials": [30, 30],
+            "steered": 1,
+            "coeffs_median": {"early": 1.5, "late": 0.5},
+            "zero_won": 0.5,
+            "tied": 0.0,
+        },
     }
     records = (
         LOVELACE,

@@ -66,6 +66,9 @@ def test_a_cache_of_the_users_gives_the_same_activations(tiny) -> None:
         SpanError, match=r"unpadded, but got \d+; run the model on prompt.to_tensor"
     ):
         activations_from_cache(cache, tokenize(tiny, "Who?"))
+    _, narrow = tiny.run_with_cache(prompt.to_tensor(), names_filter=resid_post(0))
+    with pytest.raises(ActivationError, match=r"but has no blocks\.1\.hook_resid_post; leave its"):
+        activations_from_cache(narrow, prompt)
 
 
 def test_a_prompt_of_special_tokens_alone_is_refused(tiny) -> None:

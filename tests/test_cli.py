@@ -47,12 +47,19 @@ def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_pa
     )
     assert code == 0
     assert "stories260k: 2 questions" in out
-    assert "segmented: median coefficient early" in out
+    assert "segmented: 10 trials; zero plan won" in out
     results = load_results(tmp_path / "run")
     by_arm = {arm: c["metrics"]["overlap"]["mean"] for arm, c in results.summary["arms"].items()}
     assert by_arm["segmented"] > by_arm["baseline"] == 0.0
     assert (tmp_path / "run" / "figures" / "delta_norms.html").is_file()
     assert len(list((tmp_path / "run" / "plans").iterdir())) == 4
+    assert results.summary["questions"] == {
+        "n": 2,
+        "file": "questions.jsonl",
+        "split": "test",
+        "limit": 60,
+        "available": 2,
+    }
 
 
 def test_stories260k_runs_through_tune_and_generate(command, stories_folder, tmp_path) -> None:
@@ -86,7 +93,7 @@ def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
         *("--max-new-tokens", 8, "--out", tmp_path / "run", "--arms", "baseline,full"),
     )
     assert code == 3
-    assert "1 questions" in out
+    assert "1 of 2 questions" in " ".join(out.split())
     assert "failed: long: ContextLengthError: prompt + completion must fit the model's" in err
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import deltas_of
@@ -62,6 +63,24 @@ def test_scaling_and_adding_plans(tiny) -> None:
     assert both.injected_norm == pytest.approx(3 * plan.injected_norm, rel=1e-6)
 
 
+def test_steps_at_disjoint_positions_do_not_add_their_norms(tiny) -> None:
+    deltas = deltas_of(tiny)
+    whole = make_plan(deltas, 0.5)
+    parts = make_plan(deltas, 0.5, positions="prompt") + make_plan(
+        deltas, 0.5, positions="completion"
+    )
+    assert parts.injected_norm == pytest.approx(whole.injected_norm)
+    assert (parts + whole).injected_norm == pytest.approx(2 * whole.injected_norm)
+
+
+def test_coefficients_may_be_arrays_and_tensors(tiny) -> None:
+    deltas = deltas_of(tiny)
+    expected = make_plan(deltas, (0.25, 0.5, 1.0)).coeffs
+    for values in (np.array([0.25, 0.5, 1.0]), torch.tensor([0.25, 0.5, 1.0])):
+        assert make_plan(deltas, values).coeffs == expected
+    assert make_plan(deltas, np.float32(0.5)).coeffs == {"full": 0.5}
+
+
 def test_layers_outside_every_segment_have_the_coefficient_zero(tiny) -> None:
     plan = make_plan(deltas_of(tiny), (2.0,), [Segment("one", 1, 2)])
     assert plan.steps[0].layer_coeffs.tolist() == [0.0, 2.0, 0.0, 0.0]
@@ -80,7 +99,7 @@ def test_layers_outside_every_segment_have_the_coefficient_zero(tiny) -> None:
             [Segment("a", 0, 1), Segment("a", 1, 2)],
             "names must be unique, but got a, a",
         ),
-        ((1.0, 1.0), [Segment("a", 0, 1)], "but got 1 segments and 2 coefficients"),
+        ((1.0, 1.0), [Segment("a", 0, 1)], "but got 1 segments and 2 coefficients; give segments="),
         ((float("nan"),), None, "coefficients must be finite"),
         ((float("inf"),), None, "coefficients must be finite"),
     ],

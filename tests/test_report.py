@@ -110,10 +110,20 @@ def test_the_caption_says_where_nothing_clusters_what_failed_and_whether_it_ende
     assert caption(content) in " ".join(" ".join(printed(content)).split())
 
 
-def test_tuned_arms_tell_their_median_coefficients_and_ties() -> None:
-    assert tuned_lines(make_results().summary) == [
-        "segmented: median coefficient early 0.75, late 0.25; zero plan won 50%, trials tied 0%"
+def test_tuned_arms_tell_trials_ties_and_the_medians_of_what_steered() -> None:
+    made = make_results().summary
+    assert tuned_lines(made) == [
+        "segmented: 30 trials; zero plan won 50%, trials tied 0%; "
+        "median coefficient of the other 1: early 1.50, late 0.50"
     ]
+    made["arms"]["segmented"] |= {"n_trials": [10, 30], "steered": 0, "zero_won": 1.0}
+    assert tuned_lines(made) == ["segmented: 10 to 30 trials; zero plan won 100%, trials tied 0%"]
+
+
+def test_the_caption_says_of_how_many_questions_a_run_took_its_own() -> None:
+    made = make_results().summary
+    made["questions"]["available"] = 40
+    assert caption(made).startswith("tiny: 12 of 40 questions (6 subjects)")
 
 
 def test_every_failure_has_its_line() -> None:

@@ -21,7 +21,6 @@ from fusion_lens.search import (
     SearchConfig,
     Tuned,
     export_study,
-    tune,
 )
 
 SEGMENTS = ("early", "late")
@@ -45,11 +44,23 @@ def norm(coeffs: Coeffs) -> float:
     return hypot(*coeffs.values())
 
 
+def tune(
+    evaluate: Callable[[list[Coeffs]], Sequence[Toy]],
+    norm: Callable[[Coeffs], float],
+    config: SearchConfig,
+) -> Tuned[Toy]:
+    """One search from its first round to its last."""
+    search: Search[Toy] = Search(SEGMENTS, config, norm)
+    while not search.done:
+        search.tell(evaluate(search.ask()))
+    return search.result()
+
+
 def tuned(
     score: Callable[[Coeffs], Toy] = bowl, norm: Callable[[Coeffs], float] = norm, **options: object
 ) -> Tuned[Toy]:
     config = SearchConfig(**options)
-    return tune(lambda batch: [score(coeffs) for coeffs in batch], SEGMENTS, norm, config)
+    return tune(lambda batch: [score(coeffs) for coeffs in batch], norm, config)
 
 
 def coeffs_of(search: Tuned[Toy]) -> list[Coeffs]:
@@ -281,7 +292,7 @@ def test_the_front_is_every_trial_that_no_other_beats_on_both_counts(outcomes: l
         trials=len(outcomes), round_size=10, objectives="pareto", sampler=random_sampler
     )
     left = iter(outcomes)
-    search = tune(lambda batch: [next(left) for _ in batch], SEGMENTS, norm, config)
+    search = tune(lambda batch: [next(left) for _ in batch], norm, config)
     # unscored overlap counts 0, a missing perplexity as much as one of 100 or more
     points = [
         (toy.overlap or 0.0, -min(100.0 if toy.perplexity is None else toy.perplexity, 100.0))
@@ -296,29 +307,17 @@ def test_the_front_is_every_trial_that_no_other_beats_on_both_counts(outcomes: l
     assert {trial.number + 1 for trial in search.study.best_trials} == expected
 
 
-def test_an_interrupt_in_the_first_round_is_raised() -> None:
-    def interrupted(batch: list[Coeffs]) -> Sequence[Toy]:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tune(interrupted, SEGMENTS, norm, SearchConfig())
-
-
-def test_a_later_interrupt_gives_the_trials_so_far(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def evaluate(batch: list[Coeffs]) -> list[Toy]:
-        calls.append(len(batch))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return [bowl(coeffs) for coeffs in batch]
-
-    search = tune(evaluate, SEGMENTS, norm, SearchConfig(trials=30, round_size=4))
-    assert search.interrupted
-    assert coeffs_of(search) == coeffs_of(tuned(trials=8, round_size=4))
-    assert search.best.outcome.objective == max(t.outcome.objective for t in search.trials)
+def test_a_result_before_the_end_holds_the_trials_so_far(tmp_path: Path) -> None:
+    search: Search[Toy] = Search(SEGMENTS, SearchConfig(trials=30, round_size=4), norm)
+    for _ in range(2):
+        search.tell([bowl(coeffs) for coeffs in search.ask()])
+    search.ask()  # a round in flight is left out
+    cut = search.result(interrupted=True)
+    assert cut.interrupted
+    assert coeffs_of(cut) == coeffs_of(tuned(trials=8, round_size=4))
+    assert cut.best.outcome.objective == max(t.outcome.objective for t in cut.trials)
     url = f"sqlite:///{tmp_path / 'studies.db'}"
-    export_study(search, url, "cut", lambda toy: {})
+    export_study(cut, url, "cut", lambda toy: {})
     assert len(optuna.load_study(study_name="cut", storage=url).trials) == 8
 
 

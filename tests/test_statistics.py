@@ -115,3 +115,15 @@ def test_the_interval_holds_the_mean_and_does_not_know_the_order_of_questions(
         assert min(scored) <= got.low <= got.mean <= got.high <= max(scored)
     order.shuffle(rows)
     assert cluster_bootstrap([v for v, _ in rows], [c for _, c in rows], seed=seed) == got
+
+
+def test_a_share_of_nothing_has_wilsons_interval_over_clusters_and_not_a_point() -> None:
+    clusters = [f"subject {i // 2}" for i in range(120)]
+    none = cluster_bootstrap([0.0] * 120, clusters, share=True)
+    # Wilson for 0 of 60: the upper end is z^2 / (n + z^2), z = 1.96
+    assert (none.mean, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(3.8415 / 63.8415, abs=1e-4)
+    every = cluster_bootstrap([1.0] * 120, clusters, share=True)
+    assert (every.mean, every.high) == (1.0, 1.0)
+    assert every.low == pytest.approx(60 / 63.8415, abs=1e-4)
+    assert cluster_bootstrap([0.0] * 120, clusters).high == 0.0

@@ -47,7 +47,8 @@ class _Draft:
 def make_questions(n: int, seed: int, complete: Complete) -> list[Question]:
     """`n` questions, half `dev` and half `test`, that the model behind `complete` fails.
 
-    Another seed gives other people (of 40,000; two questions each). An odd `n` has one `dev` more.
+    Another seed draws other people (of 40,000, so a few recur; two questions each). An odd `n` has
+    one `dev` more.
 
     Raises:
         ConfigError: if `n` is below 2, one for each split.
