@@ -7,23 +7,23 @@ tokens: a BOS residual is 2x to orders of magnitude larger than the rest and wou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, SpanError
+from fusion_lens.executors import Executor, executor_of
 from fusion_lens.models import (
     HookedModel,
     ModelIdentity,
-    check_hook_names,
     evaluating,
-    forward,
     identify,
     resid_post,
 )
@@ -51,26 +51,42 @@ class Activations:
 
 
 def record(
-    model: HookedModel, prompts: Sequence[Prompt], *, batch_size: int = 64
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 16,
+    executor: str = "auto",
+    log: EngineLog | None = None,
 ) -> list[Activations]:
     """Pool every prompt's residual stream over its span (or the whole prompt), unsteered.
+
+    Every pass has `batch_size` rows, idle ones among them, and a padded length that depends on the
+    prompt alone: a prompt's numbers do not depend on the others.
 
     Raises:
         SpanError: if a prompt has no token to pool over.
         ActivationError: if a mean is not finite.
     """
+    log = log or EngineLog()
     identity = identify(model)
-    names = [resid_post(layer) for layer in range(identity.n_layers)]
-    check_hook_names(model, names)
     for prompt in prompts:
         _require_pooled(prompt)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+    if not prompts:
+        return []
+    run, reason = executor_of(model, executor)
+    log.fell_back(reason)
     pooled: dict[int, Tensor] = {}
+
+    def pool(n_rows: int) -> None:
+        left = [i for i in range(len(prompts)) if i not in pooled]
+        for batch in same_shape([padded_length(len(prompts[i].tokens)) for i in left], n_rows):
+            rows = [left[n] for n in batch]
+            idle = [rows[0]] * (n_rows - len(rows))
+            means = _pooled_pass(run, [prompts[i] for i in rows + idle], identity)
+            pooled.update(zip(rows, means[: len(rows)].cpu(), strict=True))
+
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            means = _pooled_pass(model, [prompts[i] for i in rows], names)
-            pooled.update(zip(rows, means, strict=True))
+        log.halving(min(batch_size, len(prompts)), pool)
     return [
         Activations(mean=pooled[i], layout=prompt.layout, model=identity)
         for i, prompt in enumerate(prompts)
@@ -104,11 +120,21 @@ def activations_from_cache(cache: Any, prompt: Prompt, *, row: int = 0) -> Activ
     return Activations(mean=mean, layout=prompt.layout, model=identity)
 
 
+def padded_length(length: int, multiple: int = 8) -> int:
+    """The length that a text is padded to: it depends on nothing else, so that a row's numbers
+    do not depend on its neighbours', and takes few values, so that batches are full."""
+    return -(-length // multiple) * multiple
+
+
 def left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device | str,
+    *,
+    width: int | None = None,
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Tokens with padding on the left, and the mask that is 0 there."""
-    width = max(len(prompt) for prompt in prompts)
+    """Tokens with padding on the left to `width` or the longest, and the mask that is 0 there."""
+    width = width or max(len(prompt) for prompt in prompts)
     tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -117,28 +143,36 @@ def left_padded(
     return tokens.to(device), mask.to(device)
 
 
+def same_shape(shapes: Sequence[Any], n_rows: int) -> Iterator[list[int]]:
+    """Places of equal (sortable) shapes, at most `n_rows` at a time."""
+    order = sorted(range(len(shapes)), key=shapes.__getitem__)
+    for _, alike in groupby(order, key=shapes.__getitem__):
+        places = list(alike)
+        for start in range(0, len(places), n_rows):
+            yield places[start : start + n_rows]
+
+
 def _pooled_pass(
-    model: HookedModel, prompts: Sequence[Prompt], names: Sequence[str]
+    run: Executor, prompts: Sequence[Prompt], model: ModelIdentity
 ) -> Float[Tensor, "batch layer d_model"]:
-    device = next(iter(model.parameters())).device
-    tokens, mask = left_padded([prompt.tokens for prompt in prompts], 0, device)
-    width = tokens.shape[1]
-    weights = torch.zeros(tokens.shape, dtype=torch.float64)
+    width = padded_length(len(prompts[0].tokens))
+    tokens, mask = left_padded([prompt.tokens for prompt in prompts], 0, run.device, width=width)
+    weights = torch.zeros((len(prompts), width), dtype=torch.float64)
     for row, prompt in enumerate(prompts):
         pad = width - len(prompt.tokens)
         weights[row, [pad + t for t in prompt.pooled]] = 1.0 / len(prompt.pooled)
     means: dict[int, Tensor] = {}
 
-    def pool(layer: int, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+    def pool(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> None:
         resid = at_least_float32(resid)
         kept = weights.to(resid.device, resid.dtype)
         # where, not *: a pad row's NaN times 0 is NaN
         clean = torch.where(kept[..., None] > 0, resid, torch.zeros_like(resid))
-        means[layer] = einsum(clean, kept, "batch pos d, batch pos -> batch d")
+        means[layer] = torch.bmm(kept[:, None], clean)[:, 0]
 
-    with model.hooks(fwd_hooks=[(name, partial(pool, layer)) for layer, name in enumerate(names)]):
-        forward(model, tokens, mask, last=1)
-    return torch.stack([means[layer] for layer in range(len(names))], dim=1).cpu()
+    with run.at_blocks({layer: partial(pool, layer) for layer in range(model.n_layers)}):
+        run.forward(tokens, mask, last=1)
+    return torch.stack([means[layer] for layer in range(model.n_layers)], dim=1)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -49,7 +49,16 @@ SegmentsOption = Annotated[
     str, typer.Option(help="full, thirds, layers, or a number of even segments.")
 ]
 TokensOption = Annotated[int, typer.Option(help="New tokens per completion, at most.")]
-BatchOption = Annotated[int, typer.Option(help="Rows generated at once.")]
+SlotsOption = Annotated[
+    int | None, typer.Option(help="Rows generated at once; by the device's size if not given.")
+]
+CacheOption = Annotated[
+    int | None,
+    typer.Option(help="Positions of a row's cache; by the file's longest question if not given."),
+]
+ExecutorOption = Annotated[
+    str, typer.Option(help="lean, hooks (the reference, slower), or auto: lean where it can be.")
+]
 ChatOption = Annotated[bool, typer.Option(help="Wrap questions in the tokenizer's chat template.")]
 StorageOption = Annotated[
     str | None, typer.Option(help="Optuna storage URL that gets every finished study.")
@@ -93,7 +102,9 @@ def _tuning_config(
         str | None,
         typer.Option(help="Text that the model's explanation follows, such as **Explanation:**."),
     ] = None,
-    batch_size: BatchOption = 128,
+    slots: SlotsOption = None,
+    cache_length: CacheOption = None,
+    executor: ExecutorOption = "auto",
     chat: ChatOption = False,
 ) -> Any:
     """The options that `run` and `tune` share, as a `TuningConfig`."""
@@ -110,7 +121,12 @@ def _tuning_config(
             parametrisation=parametrisation,
             objectives=objectives,
         ),
-        generation=GenerationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size),
+        generation=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            slots=slots,
+            cache_length=cache_length,
+            executor=executor,
+        ),
         template=Template(chat=chat),
         mean=mean,
         positions=positions,
@@ -166,7 +182,7 @@ def run(
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.plots import run_figures, write_figures
     from fusion_lens.questions import select_questions
-    from fusion_lens.report import failure_lines, summary_table, tuned_lines
+    from fusion_lens.report import engine_line, failure_lines, summary_table, tuned_lines
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
@@ -192,10 +208,13 @@ def run(
     _require_writable(out / "results.jsonl")
     opened = _load(model, dtype, device)
     with _progress() as progress:
-        results = run_experiment(opened, chosen, config, out=out, source=source, progress=progress)
+        results = run_experiment(
+            opened, chosen, config, out=out, pool=available, source=source, progress=progress
+        )
     Console().print(summary_table(results.summary))
     for line in tuned_lines(results.summary):
         print(line)
+    print(engine_line(results.summary))
     missing = write_figures(run_figures(results), out / "figures")
     if missing is not None:
         print(missing)
@@ -292,7 +311,7 @@ def questions(
     atlas: Annotated[int, typer.Option("--atlas", help="How many questions to make.")],
     seed: Annotated[int, typer.Option(help="Another seed draws other people of the world.")] = 1,
     out: Annotated[Path, typer.Option(help="The JSONL file to write.")] = Path("questions.jsonl"),
-    batch_size: BatchOption = 128,
+    slots: SlotsOption = None,
 ) -> int:
     """Make questions from Atlas' world that Atlas fails, half of them dev and half test."""
     from fusion_lens.atlas.questions import make_questions
@@ -305,7 +324,7 @@ def questions(
     model = _load(None, "float32", None)
 
     def complete(prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
-        config = GenerationConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        config = GenerationConfig(max_new_tokens=max_new_tokens, slots=slots)
         rows = [Row(tokenize(model, prompt)) for prompt in prompts]
         with _progress() as progress:
             written = generate_rows(

@@ -53,6 +53,17 @@ class ModelError(FusionLensError, ValueError):
     """A model cannot be opened or does not offer what is needed."""
 
 
+class UnfitModelError(FusionLensError, ValueError):
+    """A model that only its hook points can run; `reason` tells why."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"the lean executor must be able to share the model's module, but {reason}; "
+            'use executor="auto" or "hooks".'
+        )
+
+
 class HookNameError(FusionLensError, LookupError):
     """A hook name the model does not have. TransformerBridge would run on, unsteered."""
 

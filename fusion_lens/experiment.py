@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fusion_lens.errors import ConfigError, one_of
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import ActivationError, ConfigError, one_of
 from fusion_lens.generation import generate
 from fusion_lens.graders import Graded
 from fusion_lens.models import HookedModel, ModelIdentity, identify
@@ -48,10 +49,16 @@ from fusion_lens.tuning import (
     make_segments,
     prepare,
     tune_jobs,
+    with_engine_shape,
 )
 
 ARMS = ("baseline", "full", "segmented")
 METRICS = ("exact_match", "overlap", "objective", "nll", "perplexity", "distinct_2")
+
+_NOT_FINITE = (
+    "the model's logits must be finite, but a step of the completion gave NaN or infinity; "
+    "lower the coefficients, or run in a wider dtype."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +90,15 @@ def run(
     config: ExperimentConfig | None = None,
     *,
     out: str | Path | None = None,
+    pool: Sequence[Question] | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Tune and score every question under every arm; with `out`, write the run there.
 
-    `source` tells where the questions are from, for the provenance.
+    `pool` is every question of the file, those included that are not run: slots and cache length
+    come from it, so that another selection gives the same numbers. `source` tells where the
+    questions are from, for the provenance.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
     the run goes on. An interrupt keeps what was finished; the summary then says
@@ -111,21 +121,36 @@ def run(
     if config.storage is not None:
         tuned_arms = [arm for arm in config.arms if arm in segments]
         check_storage(config.storage, [f"{name}/{arm}" for name in ids for arm in tuned_arms])
+    per_question = config.tuning.search.round_size * sum(arm in segments for arm in config.arms)
+    shaped = with_engine_shape(
+        model,
+        pool or questions,
+        config.tuning,
+        n_rows=max(1, per_question) * len(pool or questions),
+    )
+    config = replace(config, tuning=shaped)
+    log = EngineLog()
     folder = None if out is None else open_run_folder(out)
     began = time.perf_counter()
-    blocks: list[_Block] = []
+    records: list[Result] = []
+    failures: list[Failure] = []
+    delta_norms: dict[str, list[float]] = {}
     interrupted = False
     try:
         for start in range(0, len(questions), config.block_size):
             shown = _within(progress, done=start, of=len(questions), config=config)
-            questions_of_block = questions[start : start + config.block_size]
-            blocks.append(_run_block(model, questions_of_block, config, segments, shown))
-            _write_block(blocks[-1], folder, config.storage)
-            if blocks[-1].interrupted:
+            of_block = questions[start : start + config.block_size]
+            block = _run_block(model, of_block, config, segments, shown, log)
+            _write_block(block, folder, config.storage)
+            # a block's studies and deltas go with it: memory does not grow with the questions
+            records += block.records
+            failures += block.failures
+            delta_norms |= {p.question.id: p.deltas.norms.tolist() for p in block.prepared}
+            interrupted = block.interrupted
+            if interrupted:
                 break
     except KeyboardInterrupt:
         interrupted = True
-    records = [record for block in blocks for record in block.records]
     summary = {
         "schema_version": SCHEMA_VERSION,
         "provenance": asdict(_provenance(identity, config, questions)),
@@ -134,13 +159,10 @@ def run(
             arm: _arm([record for record in records if record.arm == arm], config)
             for arm in config.arms
         },
-        "failures": [_failure(failure) for block in blocks for failure in block.failures],
-        "delta_norms": {
-            item.question.id: item.deltas.norms.tolist()
-            for block in blocks
-            for item in block.prepared
-        },
-        "interrupted": interrupted or any(block.interrupted for block in blocks),
+        "failures": [_failure(failure) for failure in failures],
+        "delta_norms": delta_norms,
+        "engine": log.to_dict(),
+        "interrupted": interrupted,
         "seconds": round(time.perf_counter() - began, 2),
     }
     if folder is not None:
@@ -165,20 +187,28 @@ def _run_block(
     config: ExperimentConfig,
     segments: Mapping[str, tuple[Segment, ...]],
     progress: Progress | None,
+    log: EngineLog,
 ) -> _Block:
-    prepared, failures = prepare(model, questions, config.tuning)
-    score = Scorer(model, config.tuning)
-    baseline = _baseline(model, prepared, config, score)
+    prepared, failures = prepare(model, questions, config.tuning, log=log)
+    score = Scorer(model, config.tuning, log=log)
+    baseline = _baseline(model, prepared, config, score, log)
     jobs = [
         Job(item, segments[arm], arm) for item in prepared for arm in config.arms if arm in segments
     ]
-    tuned, interrupted = tune_jobs(model, jobs, config.tuning, score=score, progress=progress)
+    tuned, interrupted = tune_jobs(
+        model, jobs, config.tuning, score=score, progress=progress, log=log
+    )
     order = [question.id for question in questions]
     records = sorted(
         [*baseline, *map(_tuned_result, tuned)],
         key=lambda record: (order.index(record.question_id), config.arms.index(record.arm)),
     )
-    return _Block(prepared, failures, tuned, records, interrupted)
+    not_finite = [
+        Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
+        for record in records
+        if not record.finite
+    ]
+    return _Block(prepared, [*failures, *not_finite], tuned, records, interrupted)
 
 
 def _write_block(block: _Block, folder: Path | None, storage: str | None) -> None:
@@ -193,13 +223,17 @@ def _write_block(block: _Block, folder: Path | None, storage: str | None) -> Non
 
 
 def _baseline(
-    model: HookedModel, prepared: Sequence[Prepared], config: ExperimentConfig, score: Scorer
+    model: HookedModel,
+    prepared: Sequence[Prepared],
+    config: ExperimentConfig,
+    score: Scorer,
+    log: EngineLog,
 ) -> list[Result]:
     if "baseline" not in config.arms or not prepared:
         return []
     began = time.perf_counter()
     rows = [item.row(config.tuning) for item in prepared]
-    graded = score(prepared, generate(model, rows, config.tuning.generation))
+    graded = score(prepared, generate(model, rows, config.tuning.generation, log=log))
     seconds = (time.perf_counter() - began) / len(rows)
     return [
         _result(item, "baseline", grade, seconds)
@@ -217,6 +251,7 @@ def _tuned_result(tuned: TunedPlan) -> Result:
         best_trial=search.best.number,
         zero_won=search.zero_won,
         tied=search.tied,
+        n_not_finite=sum(not trial.outcome.completion.finite for trial in search.trials),
     )
 
 
@@ -232,6 +267,8 @@ def _result(prepared: Prepared, arm: str, graded: Graded, seconds: float) -> Res
         completion=graded.completion.text,
         extracted=graded.answer,
         ended=graded.completion.ended,
+        finite=graded.completion.finite,
+        margin=graded.completion.margin,
         coeffs={},
         injected_norm=0.0,
         objective=graded.objective,
@@ -244,6 +281,7 @@ def _result(prepared: Prepared, arm: str, graded: Graded, seconds: float) -> Res
         best_trial=1,
         zero_won=None,
         tied=None,
+        n_not_finite=int(not graded.completion.finite),
         seconds=round(seconds, 4),
     )
 
@@ -260,9 +298,10 @@ def _provenance(
     )
 
 
-def _failure(failure: Failure) -> dict[str, str]:
+def _failure(failure: Failure) -> dict[str, str | None]:
     return {
         "question_id": failure.question_id,
+        "arm": failure.arm,
         "error": type(failure.cause).__name__,
         "message": str(failure.cause),
     }
@@ -287,6 +326,7 @@ def _arm(records: Sequence[Result], config: ExperimentConfig) -> dict[str, Any]:
             },
             "zero_won": 1 - len(steered) / len(tuned),
             "tied": sum(bool(record.tied) for record in tuned) / len(tuned),
+            "not_finite": sum(record.n_not_finite for record in tuned),
         }
     return arm
 

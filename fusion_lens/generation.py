@@ -1,80 +1,29 @@
-"""Rows of (prompt, plan) -> completions, many rows at once, each steered by its own plan.
+"""Rows of (prompt, plan) -> completions, thousands at once, each steered by its own plan.
 
-Rows are sorted by prompt length, left-padded, masked and KV cached; a batch keeps its shape to its
-end, so that a row's numbers do not depend on which neighbour finished first. Rows with a sequence
-mean are run without a cache. `Completion.text` never holds the prompt.
+Rows run through the slots of the lean module (`slots`) where model and plan allow it, in fixed
+batches otherwise (`batches`), and through hook points where the model cannot be shared. What ran
+where is counted in an `EngineLog`. `Completion.text` never holds the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from fusion_lens.activations import left_padded
-from fusion_lens.errors import ConfigError, ContextLengthError
-from fusion_lens.hooks import Cursor, batch_hooks, hooked
-from fusion_lens.models import (
-    HookedModel,
-    KeyValues,
-    evaluating,
-    forward,
-    identify,
-    stop_tokens,
-)
-from fusion_lens.plans import Plan
+from fusion_lens.batches import write_in_batches
+from fusion_lens.decoding import Completion as Completion
+from fusion_lens.decoding import GenerationConfig as GenerationConfig
+from fusion_lens.decoding import Row as Row
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import ContextLengthError
+from fusion_lens.executors import LeanModule, executor_of
+from fusion_lens.models import HookedModel, evaluating, identify
 from fusion_lens.prompts import Prompt
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One text to write: a prompt, the plan that steers it (None: unsteered), and the seed of its
-    samples."""
-
-    prompt: Prompt
-    plan: Plan | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"0 <= seed < 2**63 must hold, but got {self.seed}.")
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationConfig:
-    """How to decode. Temperature 0 is greedy; above it, each row draws from a generator of its own
-    seed."""
-
-    max_new_tokens: int = 48
-    temperature: float = 0.0
-    batch_size: int = 128
-    use_cache: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise ConfigError(
-                "max_new_tokens and batch_size must be at least 1, "
-                f"but got ({self.max_new_tokens=}, {self.batch_size=})."
-            )
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be 0 or above, but got {self.temperature}.")
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What a row wrote: text without prompt, stop token and special tokens.
-
-    `tokens` hold the stop token, if the row `ended`. Not `finite`: a step's logits held NaN or
-    infinity, so the text means nothing.
-    """
-
-    text: str
-    tokens: tuple[int, ...] = field(repr=False)
-    ended: bool
-    finite: bool = True
+MOST_SLOTS = {"cpu": 64, "cuda": 256}
 
 
 def generate(
@@ -83,34 +32,63 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     progress: Callable[[int], None] | None = None,
+    log: EngineLog | None = None,
 ) -> list[Completion]:
     """Write a completion for every row, in the order of the rows.
 
-    `progress` is called with the number of rows finished so far after each batch.
+    `progress` is called with the number of rows finished so far whenever some have. Out of memory
+    halves the slots, which `log` remembers, and goes on.
 
     Raises:
         PlanError: if a plan belongs to another model.
-        ContextLengthError: if prompt + completion exceed the context.
+        ContextLengthError: if prompt + completion exceed the context, or `cache_length`.
+        UnfitModelError: if `config.executor` is "lean" and the model has no lean module.
     """
     config = config or GenerationConfig()
+    log = log or EngineLog()
+    if not rows:
+        return []
     check_rows(model, rows, config)
-    # one kind of plan a batch: a single sequence mean would take the cache from all its neighbours
-    order = sorted(range(len(rows)), key=lambda i: (_uncached(rows[i]), len(rows[i].prompt.tokens)))
+    config = with_shape(model, [row.prompt for row in rows], config, n_rows=len(rows))
     done: dict[int, Completion] = {}
-    with evaluating(model):
-        while len(done) < len(rows):
-            kind = _uncached(rows[order[len(done)]])
-            batch = [
-                i
-                for i in order[len(done) : len(done) + config.batch_size]
-                if _uncached(rows[i]) == kind
-            ]
-            cached = config.use_cache and not kind
-            written = _run_batch(model, [rows[i] for i in batch], config, cached)
-            done.update(zip(batch, written, strict=True))
+
+    def write(slots: int) -> None:
+        left = [i for i in range(len(rows)) if i not in done]
+        some = replace(config, slots=slots)
+        for place, completion in _write(model, [rows[i] for i in left], some, log):
+            done[left[place]] = completion
             if progress is not None:
                 progress(len(done))
+
+    with evaluating(model):
+        log.halving(config.slots or len(rows), write)
     return [done[i] for i in range(len(rows))]
+
+
+def with_shape(
+    model: HookedModel,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    *,
+    n_rows: int | None = None,
+) -> GenerationConfig:
+    """The config with numbers for `slots` and `cache_length`, from these prompts, the number of
+    rows at most, and the size of the device: never from its free memory.
+
+    Prompts that do not fit the context are left out of account.
+    """
+    n_ctx = int(model.cfg.n_ctx)
+    lengths = [len(prompt.tokens) + config.max_new_tokens for prompt in prompts]
+    longest = max((length for length in lengths if length <= n_ctx), default=n_ctx)
+    cache_length = config.cache_length or -(-longest // 8) * 8
+    slots = config.slots
+    if slots is None:
+        device = next(iter(model.parameters())).device
+        slots = MOST_SLOTS.get(device.type, 64)
+        while slots > 1 and slots * _bytes_of_slot(model, cache_length) > _memory(device) // 4:
+            slots //= 2
+        slots = min(slots, n_rows or slots)
+    return replace(config, slots=slots, cache_length=cache_length)
 
 
 def check_rows(model: HookedModel, rows: Sequence[Row], config: GenerationConfig) -> None:
@@ -118,7 +96,7 @@ def check_rows(model: HookedModel, rows: Sequence[Row], config: GenerationConfig
 
     Raises:
         PlanError: if a plan belongs to another model.
-        ContextLengthError: if prompt + completion exceed the context.
+        ContextLengthError: if prompt + completion exceed the context, or `cache_length`.
     """
     plans = {id(row.plan): row.plan for row in rows if row.plan is not None}
     if plans:
@@ -126,88 +104,55 @@ def check_rows(model: HookedModel, rows: Sequence[Row], config: GenerationConfig
         for plan in plans.values():
             plan.check(identity)
     for row in rows:
-        check_context(model, row.prompt, config.max_new_tokens)
+        check_context(model, row.prompt, config.max_new_tokens, config.cache_length)
 
 
-def check_context(model: HookedModel, prompt: Prompt, max_new_tokens: int) -> None:
+def check_context(
+    model: HookedModel, prompt: Prompt, max_new_tokens: int, cache_length: int | None = None
+) -> None:
     """Make sure a prompt leaves room for its completion.
 
     Raises:
         ContextLengthError: if it does not.
     """
-    if len(prompt.tokens) + max_new_tokens > model.cfg.n_ctx:
-        raise ContextLengthError(len(prompt.tokens), max_new_tokens, int(model.cfg.n_ctx))
+    room = min(int(model.cfg.n_ctx), cache_length or int(model.cfg.n_ctx))
+    if len(prompt.tokens) + max_new_tokens > room:
+        raise ContextLengthError(len(prompt.tokens), max_new_tokens, room)
 
 
-def _uncached(row: Row) -> bool:
-    return row.plan is not None and row.plan.needs_sequence
+def _write(
+    model: HookedModel, rows: Sequence[Row], config: GenerationConfig, log: EngineLog
+) -> Iterator[tuple[int, Completion]]:
+    executor, reason = executor_of(model, config.executor)
+    log.fell_back(reason)
+    seated = []
+    if isinstance(executor, LeanModule) and config.use_cache:
+        # transformers takes seconds to import, and a plain import of the package must not
+        from fusion_lens.slots import slots_fit, write_in_slots
+
+        if slots_fit(model, executor.lean):
+            seated = [i for i, row in enumerate(rows) if not row.needs_sequence]
+            for place, completion in write_in_slots(
+                model, executor.lean, [rows[i] for i in seated], config
+            ):
+                log.rows[executor.name] += 1
+                yield seated[place], completion
+    others = [i for i in range(len(rows)) if i not in set(seated)]
+    for place, completion in write_in_batches(model, executor, [rows[i] for i in others], config):
+        log.rows[executor.name] += 1
+        yield others[place], completion
 
 
-def _run_batch(
-    model: HookedModel, rows: Sequence[Row], config: GenerationConfig, cached: bool
-) -> list[Completion]:
-    device = next(iter(model.parameters())).device
-    stops = torch.tensor(sorted(stop_tokens(model)), device=device)
-    tokens, mask = left_padded([row.prompt.tokens for row in rows], 0, device)
-    width = tokens.shape[1]
-    draw = _sampler(rows, config, device)
-    cursor = Cursor(0)
-    cache = KeyValues() if cached else None
-    hooks = batch_hooks([row.plan for row in rows], [row.prompt.layout for row in rows], cursor)
-    finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    finite = ~finished
-    with hooked(model, hooks):
-        for step in range(config.max_new_tokens):
-            cursor.offset = tokens.shape[1] - 1 if cached and step else 0
-            logits = forward(model, tokens[:, cursor.offset :], mask, cache=cache, last=1)
-            # a masked vocabulary may hold -inf; its maximum is finite all the same
-            finite &= finished | torch.isfinite(logits[:, 0].amax(dim=-1))
-            new = draw(logits[:, 0], step)
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            finished |= torch.isin(new, stops)
-            if bool(finished.all()):
-                break
-    return [
-        _completion(model, written, ok)
-        for written, ok in zip(tokens[:, width:].tolist(), finite.tolist(), strict=True)
-    ]
+def _bytes_of_slot(model: HookedModel, cache_length: int) -> int:
+    """Keys, values and a few activations of one row: an estimate from above."""
+    size = next(iter(model.parameters())).element_size()
+    kept = 2 * int(model.cfg.n_layers) * cache_length * int(model.cfg.d_model)
+    return size * (kept + 4 * int(model.cfg.d_vocab))
 
 
-def _completion(model: HookedModel, written: list[int], finite: bool) -> Completion:
-    stops = stop_tokens(model)
-    end = next((i for i, token in enumerate(written) if token in stops), None)
-    said = written[:end]
-    return Completion(
-        text=model.tokenizer.decode(said, skip_special_tokens=True),
-        tokens=tuple(said if end is None else written[: end + 1]),
-        ended=end is not None,
-        finite=finite,
-    )
+def _memory(device: torch.device) -> int:
+    """The device's whole memory in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
-def _sampler(
-    rows: Sequence[Row], config: GenerationConfig, device: torch.device
-) -> Callable[[Float[Tensor, "batch d_vocab"], int], Int[Tensor, " batch"]]:
-    if config.temperature == 0.0:
-        return lambda logits, step: logits.argmax(dim=-1)
-    uniforms = torch.stack(
-        [
-            torch.rand(
-                config.max_new_tokens,
-                generator=torch.Generator().manual_seed(row.seed),
-                dtype=torch.float64,
-            )
-            for row in rows
-        ]
-    ).to(device)
-
-    def sample(logits: Tensor, step: int) -> Tensor:
-        scaled = torch.nan_to_num(logits.double() / config.temperature)
-        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-        point = uniforms[:, step, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1
-        )
-
-    return sample

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
 
-from fusion_lens.activations import at_least_float32, left_padded
-from fusion_lens.generation import Completion
-from fusion_lens.models import HookedModel, evaluating, forward
+from fusion_lens.activations import at_least_float32, left_padded, padded_length, same_shape
+from fusion_lens.decoding import Completion
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.executors import Executor, executor_of
+from fusion_lens.models import HookedModel, evaluating
 from fusion_lens.prompts import Prompt
 from fusion_lens.questions import Question
 from fusion_lens.scores import (
@@ -30,6 +32,7 @@ from fusion_lens.scores import (
 )
 
 _LOGITS_AT_ONCE = 2**27
+_KEPT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,39 +80,60 @@ def completion_nll(
     model: HookedModel,
     texts: Sequence[tuple[Prompt, Completion]],
     *,
-    batch_size: int = 128,
+    batch_size: int = 16,
+    executor: str = "auto",
+    log: EngineLog | None = None,
 ) -> list[float | None]:
-    """Nats per completion token, teacher-forced in batches; None for a value that is not finite.
+    """Nats per completion token, teacher-forced in batches; None for a value that is not finite,
+    or of a completion without tokens.
 
-    Batches are smaller than `batch_size` where the vocabulary is so large that their logits would
-    fill the memory.
+    Every pass has the same number of rows, idle ones among them, and lengths that depend on the
+    text alone: `batch_size`, or fewer where the logits of so many would fill the memory.
     """
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0].tokens + texts[i][1].tokens))
-    values: dict[int, float | None] = {}
-    longest = max((len(completion.tokens) for _, completion in texts), default=1)
-    batch_size = max(1, min(batch_size, _LOGITS_AT_ONCE // (longest * int(model.cfg.d_vocab))))
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            sums = _batch_nll(model, [texts[i] for i in batch])
-            for i, total in zip(batch, sums.tolist(), strict=True):
+    log = log or EngineLog()
+    run, reason = executor_of(model, executor)
+    log.fell_back(reason)
+    values: dict[int, float | None] = {
+        i: None for i, (_, completion) in enumerate(texts) if not completion.tokens
+    }
+
+    def score(n_rows: int) -> None:
+        left = [i for i in range(len(texts)) if i not in values]
+        for batch in same_shape([_shape(*texts[i]) for i in left], n_rows):
+            rows = [left[n] for n in batch]
+            idle = [rows[0]] * (n_rows - len(rows))
+            sums = _batch_nll(run, [texts[i] for i in rows + idle])
+            for i, total in zip(rows, sums.tolist(), strict=False):
                 mean = total / len(texts[i][1].tokens)
                 values[i] = mean if math.isfinite(mean) else None
+
+    most_kept = max((_shape(*text)[1] for text in texts), default=1)
+    most = _LOGITS_AT_ONCE // (most_kept * int(model.cfg.d_vocab))
+    with evaluating(model):
+        log.halving(max(1, min(batch_size, most)), score)
     return [values[i] for i in range(len(texts))]
 
 
-def _batch_nll(model: HookedModel, texts: Sequence[tuple[Prompt, Completion]]) -> Tensor:
-    device = next(iter(model.parameters())).device
+def _shape(prompt: Prompt, completion: Completion) -> tuple[int, int]:
+    """The padded length of a text, and of its end that logits are needed of."""
+    width = padded_length(len(prompt.tokens) + len(completion.tokens))
+    return width, min(width - 1, padded_length(len(completion.tokens), _KEPT))
+
+
+def _batch_nll(
+    run: Executor, texts: Sequence[tuple[Prompt, Completion]]
+) -> Float[Tensor, " batch"]:
+    width, kept = _shape(*texts[0])
     tokens, mask = left_padded(
-        [prompt.tokens + completion.tokens for prompt, completion in texts], 0, device
+        [prompt.tokens + completion.tokens for prompt, completion in texts],
+        0,
+        run.device,
+        width=width,
     )
-    lengths = torch.tensor([len(completion.tokens) for _, completion in texts], device=device)
-    longest = int(lengths.max())
-    logits = at_least_float32(forward(model, tokens[:, :-1], mask[:, :-1], last=longest))
-    targets: Int[Tensor, "batch last"] = tokens[:, -longest:]
+    lengths = torch.tensor([len(completion.tokens) for _, completion in texts], device=run.device)
+    logits = at_least_float32(run.forward(tokens[:, :-1], mask[:, :-1], last=kept))
     losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), reduction="none"
-    ).view(targets.shape)
-    position = torch.arange(longest, device=device)
-    counted = position >= longest - lengths[:, None]
+        logits.flatten(0, 1), tokens[:, -kept:].flatten(), reduction="none"
+    ).view(len(texts), -1)
+    counted = torch.arange(kept, device=run.device) >= kept - lengths[:, None]
     return torch.where(counted, losses, torch.zeros_like(losses)).sum(dim=-1)

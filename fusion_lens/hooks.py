@@ -18,7 +18,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_lens.errors import PlanError
-from fusion_lens.models import HookedModel, check_hook_names, identify, resid_post
+from fusion_lens.executors import hooked
+from fusion_lens.lean import AtBlock
+from fusion_lens.models import HookedModel, identify, resid_post
 from fusion_lens.operators import add, mean_shift
 from fusion_lens.plans import Plan, Step
 from fusion_lens.prompts import Layout, Prompt
@@ -30,9 +32,10 @@ HookFn = Callable[..., Any]
 @dataclass(slots=True)
 class Cursor:
     """Where the current pass starts, in padded positions; None: not told, so a pass is a whole
-    sequence."""
+    sequence. `width` is the padded length of the prompts; None: that of the longest."""
 
     offset: int | None = None
+    width: int | None = None
 
 
 def fwd_hooks(
@@ -62,14 +65,15 @@ def fwd_hooks(
     if isinstance(prompt, Prompt):
         prompt = prompt.layout
     layouts = [prompt] if prompt is not None else [plan.steps[0].deltas.layout]
-    return _hooks([plan], layouts, Cursor(offset))
+    at = _at_blocks([plan], layouts, Cursor(offset))
+    return [(resid_post(layer), act) for layer, act in at.items()]
 
 
-def batch_hooks(
+def batch_steering(
     plans: Sequence[Plan | None], layouts: Sequence[Layout], cursor: Cursor
-) -> list[tuple[str, HookFn]]:
-    """The hooks of a left-padded batch in which every row has its own plan, or none."""
-    return _hooks(plans, layouts, cursor) if any(plan is not None for plan in plans) else []
+) -> dict[int, AtBlock]:
+    """What a left-padded batch does after each block if every row has its own plan, or none."""
+    return _at_blocks(plans, layouts, cursor) if any(plan is not None for plan in plans) else {}
 
 
 @contextmanager
@@ -84,21 +88,6 @@ def steering(
     """
     with hooked(model, fwd_hooks(plan, model=model, prompt=prompt)):
         yield model
-
-
-@contextmanager
-def hooked(model: HookedModel, hooks: list[tuple[str, HookFn]]) -> Iterator[None]:
-    """Add hooks whose names have been checked, and take away only these.
-
-    Raises:
-        HookNameError: if the model lacks one.
-    """
-    check_hook_names(model, [name for name, _ in hooks])
-    if not hooks:
-        yield
-        return
-    with model.hooks(fwd_hooks=hooks):
-        yield
 
 
 @dataclass(slots=True)
@@ -164,7 +153,7 @@ class _Batch:
     def _make_mask(
         self, group: _Group, offset: int, length: int, present: bool
     ) -> Bool[Tensor, "rows pos"]:
-        width = max(layout.length for layout in self.layouts)
+        width = self.cursor.width or max(layout.length for layout in self.layouts)
         columns = torch.arange(offset, offset + length)
         rows = []
         for layout in self.layouts:
@@ -180,16 +169,14 @@ class _Batch:
         return torch.stack(rows)
 
 
-def _hooks(
+def _at_blocks(
     plans: Sequence[Plan | None], layouts: Sequence[Layout], cursor: Cursor
-) -> list[tuple[str, HookFn]]:
+) -> dict[int, AtBlock]:
     batch = _Batch(layouts=layouts, cursor=cursor, groups=_groups(plans))
     covered = torch.stack([group.active.any(dim=0) for group in batch.groups]).any(dim=0)
-    return [
-        (resid_post(layer), partial(_steer, batch, layer))
-        for layer in range(covered.shape[0])
-        if covered[layer]
-    ]
+    return {
+        layer: partial(_steer, batch, layer) for layer in range(covered.shape[0]) if covered[layer]
+    }
 
 
 def _steer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,12 +173,32 @@ def identify(model: HookedModel) -> ModelIdentity:
     )
 
 
+def is_hooked(model: HookedModel) -> bool:
+    """Whether somebody has hooks on the model: on a hook point, or PyTorch's on a module.
+
+    Both wrappers and transformers put hooks of their own on modules; those do not count.
+    """
+    if any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
+        return True
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(("transformers.", "transformer_lens."))
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
 def stop_tokens(model: HookedModel) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's and the checkpoint's own."""
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     declared = getattr(config, "eos_token_id", None)
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in (*ids, model.tokenizer.eos_token_id) if i is not None)
+
+
+def decode(model: HookedModel, tokens: Sequence[int]) -> str:
+    """The text of tokens, special ones left out."""
+    text: str = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    return text
 
 
 @contextmanager

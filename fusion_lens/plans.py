@@ -134,9 +134,16 @@ class Plan:
         """
         return max(self._norm_at("prompt"), self._norm_at("completion"))
 
+    def shift_at(self, position: str, *, special: bool = False) -> Float[Tensor, "layer d_model"]:
+        """The sum of all steps' shifts at a "prompt" or "completion" position, special or not."""
+        total = torch.zeros_like(self.steps[0].deltas.base)
+        for step in self.steps:
+            if step.positions in ("all", position) and (step.steer_special or not special):
+                total = total + step.shift
+        return total
+
     def _norm_at(self, position: str) -> float:
-        shifts = [step.shift for step in self.steps if step.positions in ("all", position)]
-        return float(torch.stack(shifts).sum(dim=0).norm()) if shifts else 0.0
+        return float(self.shift_at(position).norm())
 
     @property
     def needs_sequence(self) -> bool:

@@ -59,6 +59,17 @@ def tuned_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def engine_line(summary: Mapping[str, Any]) -> str:
+    """Which executor generated how many rows, at which shape, and why it was not the lean one."""
+    engine = summary["engine"]
+    shape = summary["provenance"]["settings"]["tuning"]["generation"]
+    ran = ", ".join(f"{n:,} {name}" for name, n in engine["rows"].items() if n)
+    line = f"engine: {ran or 'no'} rows; {shape['slots']} slots of {shape['cache_length']} tokens"
+    if engine["halvings"]:
+        line += f", halved {engine['halvings']} times for lack of memory"
+    return line + "".join(f"; hook points because {reason}" for reason in engine["reasons"])
+
+
 def caption(summary: Mapping[str, Any]) -> str:
     """Model, number of questions and subjects, and what the intervals are."""
     arms = summary["arms"].values()
@@ -87,8 +98,11 @@ def summary_rows(summary: Mapping[str, Any], between: str = " ") -> list[list[st
 
 
 def failure_lines(summary: Mapping[str, Any]) -> Sequence[str]:
-    """One line for every question that could not be steered."""
-    return [f"{f['question_id']}: {f['error']}: {f['message']}" for f in summary["failures"]]
+    """One line for every question, or question under one arm, that failed."""
+    return [
+        f"{f['question_id']}{', ' + f['arm'] if f['arm'] else ''}: {f['error']}: {f['message']}"
+        for f in summary["failures"]
+    ]
 
 
 def _cell(metric: Mapping[str, Any], form: str, between: str) -> str:

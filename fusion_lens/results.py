@@ -22,7 +22,7 @@ from fusion_lens.models import ModelIdentity
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # malformed, a number of thousands of digits, brackets nested too deeply
 _NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
@@ -32,7 +32,9 @@ _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna
 class Result:
     """One question under one arm.
 
-    `explanation` is the one in the reference text. `coeffs` by segment name (empty where nothing
+    `explanation` is the one in the reference text. Not `finite`: the logits of the completion held
+    NaN or infinity, `n_not_finite` of the trials did. `margin` is the smallest gap between the two
+    highest logits of a greedy step: another slot shape flips a token only where it is tiny. `coeffs` by segment name (empty where nothing
     was tuned); `nll` in nats per token, `perplexity` its exponential; `seconds` the arm's share of
     the wall time, by rows; `zero_won` and `tied` as in `search.Tuned`.
     """
@@ -46,6 +48,8 @@ class Result:
     completion: str
     extracted: str
     ended: bool
+    finite: bool
+    margin: float | None
     coeffs: dict[str, float]
     injected_norm: float
     objective: float
@@ -58,6 +62,7 @@ class Result:
     best_trial: int
     zero_won: bool | None
     tied: bool | None
+    n_not_finite: int
     seconds: float
 
 

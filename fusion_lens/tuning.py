@@ -22,13 +22,9 @@ from fusion_lens.errors import (
     SpanError,
     one_of,
 )
-from fusion_lens.generation import (
-    Completion,
-    GenerationConfig,
-    Row,
-    check_context,
-    generate,
-)
+from fusion_lens.decoding import Completion, GenerationConfig, Row
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.generation import check_context, generate, with_shape
 from fusion_lens.graders import Graded, completion_nll, grade
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import (
@@ -99,10 +95,11 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A question that cannot be steered, and why."""
+    """A question that cannot be steered, or under one arm only, and why."""
 
     question_id: str
     cause: SpanError | ContextLengthError | ActivationError
+    arm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +144,38 @@ class TunedPlan:
         return self.tuned.trials[0].outcome
 
 
+def with_engine_shape(
+    model: HookedModel, questions: Sequence[Question], config: TuningConfig, *, n_rows: int
+) -> TuningConfig:
+    """The config with numbers for slots and cache length that serve all these questions.
+
+    Give every question of a file, also those that are not run: another selection of them then runs
+    at the same shape, and gives the same numbers to the last bit. `n_rows` is the most rows that
+    ever run at once.
+    """
+    settings = config.generation
+    steered = [question_prompt(model, q.question, config.template) for q in questions]
+    shaped = with_shape(model, steered, settings, n_rows=n_rows)
+    if config.explanation_tokens and settings.cache_length is None:
+        explained = [
+            explanation_prompt(model, q.question, q.answer, config.template)
+            for q in questions
+            if q.explanation is None
+        ]
+        longer = with_shape(
+            model, explained, replace(settings, max_new_tokens=config.explanation_tokens)
+        )
+        lengths = [c.cache_length or 0 for c in (shaped, longer)]
+        shaped = replace(shaped, cache_length=max(lengths if explained else lengths[:1]))
+    return replace(config, generation=shaped)
+
+
 def prepare(
     model: HookedModel,
     questions: Sequence[Question],
     config: TuningConfig | None = None,
+    *,
+    log: EngineLog | None = None,
 ) -> tuple[list[Prepared], list[Failure]]:
     """Explanations, prompts and deltas of many questions, in two batched passes.
 
@@ -161,6 +186,7 @@ def prepare(
         ConfigError: if two questions share an id.
     """
     config = config or TuningConfig()
+    log = log or EngineLog()
     if len({question.id for question in questions}) != len(questions):
         raise ConfigError("question ids must be unique, but two questions share one.")
     failures: list[Failure] = []
@@ -176,11 +202,13 @@ def prepare(
 
     def steered(question: Question) -> Prompt:
         prompt = question_prompt(model, question.question, config.template)
-        check_context(model, prompt, config.generation.max_new_tokens)
+        settings = config.generation
+        check_context(model, prompt, settings.max_new_tokens, settings.cache_length)
         return prompt
 
     prompts = kept(steered, questions)
-    explanations = _explanations(model, [q for q in questions if q.id in prompts], config, kept)
+    explainable = [question for question in questions if question.id in prompts]
+    explanations = _explanations(model, explainable, config, kept, log)
     ready = [question for question in questions if question.id in explanations]
 
     def reference(question: Question) -> Prompt:
@@ -193,7 +221,10 @@ def prepare(
     references = kept(reference, ready)
     ready = [question for question in ready if question.id in references]
     prepared = []
-    for question, vectors in zip(ready, _deltas(model, ready, prompts, references), strict=True):
+    for question, vectors in zip(
+        ready, _deltas(model, [(references[q.id], prompts[q.id]) for q in ready], config, log),
+        strict=True,
+    ):
         if isinstance(vectors, ActivationError):
             failures.append(Failure(question.id, vectors))
             continue
@@ -226,6 +257,7 @@ def tune_jobs(
     *,
     score: Scorer | None = None,
     progress: Progress | None = None,
+    log: EngineLog | None = None,
 ) -> tuple[list[TunedPlan], bool]:
     """Run many searches side by side; the second value tells whether an interrupt ended them early.
 
@@ -233,7 +265,7 @@ def tune_jobs(
     """
     searches: list[Search[Graded]] = [_search(job, config) for job in jobs]
     seconds = [0.0] * len(jobs)
-    score = score or Scorer(model, config)
+    score = score or Scorer(model, config, log=log)
     total = len(jobs) * config.search.trials
     told = 0
     interrupted = False
@@ -247,7 +279,9 @@ def tune_jobs(
                 for coeffs in coeffs_list
             ]
             shown = None if progress is None else partial(_show, progress, told, total)
-            completions = generate(model, rows, config.generation, progress=shown)
+            completions = generate(
+                model, rows, config.generation, progress=shown, log=log
+            )
             owners = [job.prepared for job, batch in zip(jobs, asked, strict=True) for _ in batch]
             outcomes = iter(score(owners, completions))
             share = (time.perf_counter() - began) / max(len(rows), 1)
@@ -290,6 +324,7 @@ def tune(
     elif answer is not None:
         question = replace(question, answer=answer)
     parts = make_segments(segments, int(model.cfg.n_layers))
+    config = with_engine_shape(model, [question], config, n_rows=config.search.round_size)
     job = Job(prepare_one(model, question, config), parts, "tuned")
     tuned, interrupted = tune_jobs(model, [job], config, progress=progress)
     if not tuned and interrupted:
@@ -340,8 +375,11 @@ def make_segments(segments: str | int | Sequence[Segment], n_layers: int) -> tup
 class Scorer:
     """Grades completions of prepared questions, identical ones once."""
 
-    def __init__(self, model: HookedModel, config: TuningConfig) -> None:
+    def __init__(
+        self, model: HookedModel, config: TuningConfig, *, log: EngineLog | None = None
+    ) -> None:
         self._model = model
+        self._log = log or EngineLog()
         self._config = config
         self._known: dict[tuple[object, ...], Graded] = {}
 
@@ -358,7 +396,9 @@ class Scorer:
         nlls = completion_nll(
             self._model,
             [(owner.prompt, completion) for owner, completion in new.values()],
-            batch_size=self._config.generation.batch_size,
+            batch_size=_pass_rows(self._config),
+            executor=self._config.generation.executor,
+            log=self._log,
         )
         weight = self._config.search.weight
         for (key, (owner, completion)), nll in zip(new.items(), nlls, strict=True):
@@ -374,22 +414,33 @@ def seed_of(*parts: object) -> int:
 
 def _deltas(
     model: HookedModel,
-    questions: Sequence[Question],
-    prompts: Mapping[str, Prompt],
-    references: Mapping[str, Prompt],
+    pairs: Sequence[tuple[Prompt, Prompt]],
+    config: TuningConfig,
+    log: EngineLog,
 ) -> list[Deltas | ActivationError]:
-    """All in one batched pass; one by one where a mean is not finite, to find out which."""
-    pairs = [(references[question.id], prompts[question.id]) for question in questions]
+    """Of (reference, base) pairs, all in one call; one by one where a mean is not finite, to find
+    out which."""
     try:
-        recorded = record(model, [prompt for pair in pairs for prompt in pair])
+        recorded = record(
+            model,
+            [prompt for pair in pairs for prompt in pair],
+            batch_size=_pass_rows(config),
+            executor=config.generation.executor,
+            log=log,
+        )
     except ActivationError as error:
-        if len(questions) == 1:
+        if len(pairs) == 1:
             return [error]
-        return [_deltas(model, [question], prompts, references)[0] for question in questions]
+        return [_deltas(model, [pair], config, log)[0] for pair in pairs]
     return [
         make_deltas(reference, base)
         for reference, base in zip(recorded[::2], recorded[1::2], strict=True)
     ]
+
+
+def _pass_rows(config: TuningConfig) -> int:
+    """Rows of a pass over whole texts: they are tens of tokens each where a slot has one."""
+    return max(1, (config.generation.slots or 64) // 4)
 
 
 def _explanations(
@@ -397,6 +448,7 @@ def _explanations(
     questions: Sequence[Question],
     config: TuningConfig,
     kept: Callable[[Callable[[Question], Prompt], Iterable[Question]], dict[str, Prompt]],
+    log: EngineLog,
 ) -> dict[str, str]:
     given = {q.id: q.explanation for q in questions if q.explanation is not None}
     if config.explanation_tokens == 0:
@@ -404,7 +456,9 @@ def _explanations(
 
     def explain(question: Question) -> Prompt:
         prompt = explanation_prompt(model, question.question, question.answer, config.template)
-        check_context(model, prompt, config.explanation_tokens)
+        check_context(
+            model, prompt, config.explanation_tokens, config.generation.cache_length
+        )
         return prompt
 
     prompts = kept(explain, [question for question in questions if question.id not in given])
@@ -412,6 +466,7 @@ def _explanations(
         model,
         [Row(prompt) for prompt in prompts.values()],
         replace(config.generation, max_new_tokens=config.explanation_tokens, temperature=0.0),
+        log=log,
     )
     own = {
         name: _after_marker(completion.text, config.explanation_marker)

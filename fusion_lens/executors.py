@@ -1,0 +1,240 @@
+"""One pass of a model, by its hook points or by its lean module.
+
+Both executors take the same left-padded batch and do the same at every block. The hook points are
+the reference; the lean module is compared with them once for every model, steered and cached,
+and is not used where it differs, nor where somebody has hooks of their own on the model, which only
+the hook points can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusion_lens.errors import UnfitModelError, one_of
+from fusion_lens.lean import AtBlock, Lean, attention_masks, share, shares
+from fusion_lens.models import (
+    HookedModel,
+    KeyValues,
+    check_hook_names,
+    evaluating,
+    forward,
+    is_hooked,
+    resid_post,
+)
+
+EXECUTORS = ("auto", "lean", "hooks")
+
+_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_CLOSE_IN_HALF = 0.1
+
+
+class Executor(Protocol):
+    """How a batch is run."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @contextmanager
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+        """Inside, `at[l]` is called with the residual stream after block `l`."""
+        ...
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        mask: Int[Tensor, "batch pos"],
+        *,
+        cache: KeyValues | None = None,
+        last: int = 0,
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """Logits of one pass over `tokens`, the last `new` of `pos` positions; the rest is in
+        `cache`.
+
+        `mask` is 0 at left padding. Only the `last` positions' logits are given; 0: all of them.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HookPoints:
+    """The model itself, through its hook points."""
+
+    model: HookedModel
+    name: str = "hooks"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.model.parameters())).device
+
+    @contextmanager
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+        """See `Executor`."""
+
+        def hook(act: AtBlock) -> Any:
+            return lambda resid, hook: act(resid)
+
+        with hooked(self.model, [(resid_post(layer), hook(act)) for layer, act in at.items()]):
+            yield
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        mask: Int[Tensor, "batch pos"],
+        *,
+        cache: KeyValues | None = None,
+        last: int = 0,
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """See `Executor`."""
+        return forward(self.model, tokens, mask, cache=cache, last=last)
+
+
+@dataclass(frozen=True, slots=True)
+class LeanModule:
+    """The second module, on the same left-padded batches."""
+
+    lean: Lean
+    name: str = "lean"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lean.device
+
+    @contextmanager
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+        """See `Executor`."""
+        with self.lean.at_blocks(at):
+            yield
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        mask: Int[Tensor, "batch pos"],
+        *,
+        cache: KeyValues | None = None,
+        last: int = 0,
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """See `Executor`."""
+        if cache is not None and cache.store is None:
+            from transformers import DynamicCache
+
+            # without the config: every layer keeps all positions, windows are in the mask
+            cache.store = DynamicCache()
+        columns = (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, -1)
+        positions = columns[:, -tokens.shape[1] :]
+        return self.lean.forward(
+            tokens,
+            positions.clamp(min=0),
+            attention_masks(self.lean, positions, columns),
+            cache=None if cache is None else cache.store,
+            last=last,
+        )
+
+
+def executor_of(model: HookedModel, wanted: str = "auto") -> tuple[Executor, str | None]:
+    """The executor for a model, and why it is not the lean one where that was not asked for.
+
+    Raises:
+        ConfigError: if `wanted` is no executor.
+        UnfitModelError: if the lean one is wanted and cannot be had.
+    """
+    if one_of("executor", wanted, EXECUTORS) == "hooks":
+        return HookPoints(model), None
+    try:
+        return LeanModule(lean_of(model)), None
+    except UnfitModelError as error:
+        if wanted == "lean":
+            raise
+        return HookPoints(model), error.reason
+
+
+def lean_of(model: HookedModel) -> Lean:
+    """The model's lean module, made and verified when it is first asked for.
+
+    Raises:
+        UnfitModelError: if it cannot be made, computes something else than the hook points, or
+            would leave out hooks that somebody has on the model.
+    """
+    if is_hooked(model):
+        raise UnfitModelError("the model has hooks of its user's, which only hook points run")
+    known = _KNOWN.get(model)
+    if isinstance(known, UnfitModelError):
+        raise known
+    if known is not None and shares(known, model):
+        return known
+    try:
+        lean = share(model)
+        _verify(lean, model)
+    except UnfitModelError as error:
+        _KNOWN[model] = error
+        raise
+    except Exception as error:  # a module of any architecture raises what it likes
+        reason = f"its module gave {type(error).__name__}: {str(error).splitlines()[0]}"
+        _KNOWN[model] = UnfitModelError(reason)
+        raise _KNOWN[model] from error
+    _KNOWN[model] = lean
+    return lean
+
+
+@contextmanager
+def hooked(model: HookedModel, hooks: list[tuple[str, Any]]) -> Iterator[None]:
+    """Add hooks whose names have been checked, and take away only these.
+
+    Raises:
+        HookNameError: if the model lacks one.
+    """
+    check_hook_names(model, [name for name, _ in hooks])
+    if not hooks:
+        yield
+        return
+    with model.hooks(fwd_hooks=hooks):
+        yield
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Whether two executors' logits agree, relative to the largest."""
+    tolerance = _CLOSE.get(one.dtype, _CLOSE_IN_HALF)
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+def probe_tokens(model: HookedModel, device: torch.device) -> Int[Tensor, "2 pos"]:
+    """Two rows of some tokens, to compare executors on."""
+    vocabulary = int(model.cfg.d_vocab)
+    return (torch.arange(14, device=device).view(2, 7) * 37 + 11) % vocabulary
+
+
+def probe_steering(n_layers: int) -> dict[int, AtBlock]:
+    """A steering that moves every layer by half its own size, in other directions."""
+    return dict.fromkeys(range(n_layers), lambda resid: resid + 0.5 * resid.roll(1, dims=-1))
+
+
+def _verify(lean: Lean, model: HookedModel) -> None:
+    """Compare one padded, steered pass and a cached step with the hook points'."""
+    tokens = probe_tokens(model, lean.device)
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    steering = probe_steering(int(model.cfg.n_layers))
+    seen = []
+    for executor in (HookPoints(model), LeanModule(lean)):
+        cache = KeyValues()
+        with evaluating(model), executor.at_blocks(steering):
+            first = executor.forward(tokens[:, :-1], mask[:, :-1], cache=cache, last=1)
+            second = executor.forward(tokens[:, -1:], mask, cache=cache, last=1)
+        seen.append(torch.stack([first, second]))
+    if not close(seen[1], seen[0]):
+        raise UnfitModelError("its module computes something else than its hook points")
+
+
+_KNOWN: WeakKeyDictionary[HookedModel, Lean | UnfitModelError] = WeakKeyDictionary()

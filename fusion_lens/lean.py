@@ -1,0 +1,212 @@
+"""A second module that shares the model's tensors: Hugging Face's own, without hook points.
+
+A `TransformerBridge` runs every activation through a hook point and forces a slow attention, so
+that generation through it reaches about half the speed of its own module. `share` makes that module
+anew around the very same parameters and buffers (no copy) and puts one hook behind every block,
+where `blocks.l.hook_resid_post` is. It serves every architecture whose blocks the bridge names;
+what it computes is compared with the hook points once, when it is made.
+
+Knows nothing of plans, prompts or decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusion_lens.errors import UnfitModelError
+from fusion_lens.models import HookedModel
+
+AtBlock = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"] | None]
+"""What is done to the residual stream after a block; None leaves it."""
+
+_ATTENTION = "fusion_lens"
+
+
+@dataclass(slots=True, eq=False)
+class Lean:
+    """The shared module. `masks` names the kinds of attention mask it takes, with their windows
+    (None: no window); a module with one kind takes it bare. `slots_fit` remembers whether it runs
+    on a slot cache; None: not tried."""
+
+    module: torch.nn.Module
+    masks: Mapping[str, int | None]
+    slots_fit: bool | None = None
+    _at: Mapping[int, AtBlock] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.module.parameters()).dtype
+
+    @contextmanager
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+        """Inside, `at[l]` is called with the residual stream after block `l`."""
+        before, self._at = self._at, at
+        try:
+            yield
+        finally:
+            self._at = before
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        positions: Int[Tensor, "batch new"],
+        mask: Float[Tensor, "#batch 1 new pos"] | Mapping[str, Tensor],
+        *,
+        cache: Any = None,
+        last: int = 0,
+    ) -> Float[Tensor, "batch kept d_vocab"]:
+        """Logits of the last `last` positions (0: all). `mask` is added to the attention scores, by
+        kind where the module has several; `cache` is a transformers `Cache`."""
+        logits: Tensor = self.module(
+            tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=last,
+        ).logits
+        return logits
+
+    def _after_block(self, layer: int, _module: Any, _inputs: Any, output: Any) -> Any:
+        act = self._at.get(layer)
+        if act is None:
+            return None
+        if not isinstance(output, tuple):
+            return act(output)
+        changed = act(output[0])
+        return None if changed is None else (changed, *output[1:])
+
+
+def share(model: HookedModel) -> Lean:
+    """A lean module around the tensors of a `TransformerBridge`.
+
+    Raises:
+        UnfitModelError: if the model is no bridge, or its module cannot be made again.
+    """
+    original = getattr(model, "original_model", None)
+    if original is None:
+        raise UnfitModelError(f"{type(model).__name__} has no Hugging Face module to share")
+    if getattr(original, "hf_device_map", None) or getattr(original, "is_quantized", False):
+        raise UnfitModelError("its weights are quantised or spread over devices")
+    config = copy.deepcopy(original.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        module = type(original)(config)
+    _share_tensors(original, module)
+    config._attn_implementation = _register_attention()
+    module.train(False)
+    lean = Lean(module, _masks(config))
+    blocks = module.get_submodule(model.adapter.component_mapping["blocks"].name)  # type: ignore[attr-defined]
+    if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
+        raise UnfitModelError("its blocks are not one list of modules")
+    for layer, block in enumerate(blocks):
+        block.register_forward_hook(partial(lean._after_block, layer))
+    return lean
+
+
+def shares(lean: Lean, model: HookedModel) -> bool:
+    """Whether the module still holds the model's own parameters."""
+    theirs = {id(parameter) for parameter in model.parameters()}
+    return all(id(parameter) in theirs for parameter in lean.module.parameters())
+
+
+def attention_masks(
+    lean: Lean, allowed: Int[Tensor, "batch new"], columns: Int[Tensor, "#batch pos"]
+) -> Tensor | dict[str, Tensor]:
+    """Masks that let a query at position `allowed` see the columns of positions 0 to `allowed`.
+
+    A column of a negative position is padding. Masked scores get the dtype's lowest number rather
+    than -inf: a query that sees nothing then attends evenly, to no effect, instead of becoming NaN.
+    """
+    low = torch.finfo(lean.dtype).min
+    masks = {}
+    for kind, window in lean.masks.items():
+        seen = (columns[:, None] <= allowed[..., None]) & (columns[:, None] >= 0)
+        if window is not None:
+            seen &= columns[:, None] > allowed[..., None] - window
+        masks[kind] = torch.zeros(seen.shape, dtype=lean.dtype, device=seen.device).masked_fill_(
+            ~seen, low
+        )[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _share_tensors(original: torch.nn.Module, module: torch.nn.Module) -> None:
+    tensors = {
+        name.replace("_original_component.", ""): tensor
+        for name, tensor in (
+            *original.named_parameters(remove_duplicate=False),
+            *original.named_buffers(remove_duplicate=False),
+        )
+    }
+    for own, name in (
+        *((n, "_parameters") for n, _ in module.named_parameters(remove_duplicate=False)),
+        *((n, "_buffers") for n, _ in module.named_buffers(remove_duplicate=False)),
+    ):
+        if own not in tensors:
+            raise UnfitModelError(f"the bridge does not hold its tensor {own}")
+        parent, _, leaf = own.rpartition(".")
+        getattr(module.get_submodule(parent), name)[leaf] = tensors[own]
+
+
+def _masks(config: Any) -> dict[str, int | None]:
+    window = getattr(config, "sliding_window", None)
+    kinds = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    if not kinds:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _register_attention() -> str:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    return _ATTENTION
+
+
+def _attention(
+    module: Any,
+    query: Float[Tensor, "batch head new d_head"],
+    key: Float[Tensor, "batch group pos d_head"],
+    value: Float[Tensor, "batch group pos d_value"],
+    attention_mask: Float[Tensor, "#batch 1 new pos"],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch new head d_value"], None]:
+    """softmax(scaling * q.k + mask) v with batched matrix products, in float32 at least.
+
+    One query a row is the common case here, and there PyTorch's fused kernel takes two to five
+    times as long on a CPU. Heads of one key group are one product.
+    """
+    unknown = [name for name in ("position_bias", "s_aux") if options.get(name) is not None]
+    if unknown:
+        raise UnfitModelError(f"its attention takes {unknown[0]}")
+    batch, heads, new, width = query.shape
+    groups, pos = key.shape[1:3]
+    query = (query * scaling).reshape(batch * groups, -1, width)
+    scores = torch.bmm(query, key.reshape(batch * groups, pos, width).transpose(1, 2))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(batch, heads, new, pos).add_(attention_mask)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
+    mixed = torch.bmm(
+        weights.view(batch * groups, -1, pos), value.reshape(batch * groups, pos, value.shape[-1])
+    )
+    return mixed.view(batch, heads, new, -1).transpose(1, 2).contiguous(), None
