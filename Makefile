@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types figures atlas-probes clean
+.PHONY: run test lint types figures atlas-probes bench bench-long clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
@@ -25,6 +25,12 @@ figures: $(STAMP)
 
 atlas-probes: $(STAMP)
 	$(BIN)/python -m fusion_lens.atlas.probes
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/engine.py
+
+bench-long: $(STAMP)
+	$(BIN)/python benchmarks/long.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

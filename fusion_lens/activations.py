@@ -7,7 +7,7 @@ tokens: a BOS residual is 2x to orders of magnitude larger than the rest and wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -54,14 +54,15 @@ def record(
     model: HookedModel,
     prompts: Sequence[Prompt],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     executor: str = "auto",
     log: EngineLog | None = None,
 ) -> list[Activations]:
     """Pool every prompt's residual stream over its span (or the whole prompt), unsteered.
 
     Every pass has `batch_size` rows, idle ones among them, and a padded length that depends on the
-    prompt alone: a prompt's numbers do not depend on the others.
+    prompt alone: with a number given, a prompt's numbers do not depend on the others. None: as many
+    as there are, 16 at most.
 
     Raises:
         SpanError: if a prompt has no token to pool over.
@@ -79,14 +80,15 @@ def record(
 
     def pool(n_rows: int) -> None:
         left = [i for i in range(len(prompts)) if i not in pooled]
-        for batch in same_shape([padded_length(len(prompts[i].tokens)) for i in left], n_rows):
+        shapes = [padded_length(len(prompts[i].tokens)) for i in left]
+        for batch in same_shape(shapes, lambda shape: n_rows):
             rows = [left[n] for n in batch]
             idle = [rows[0]] * (n_rows - len(rows))
             means = _pooled_pass(run, [prompts[i] for i in rows + idle], identity)
             pooled.update(zip(rows, means[: len(rows)].cpu(), strict=True))
 
     with evaluating(model):
-        log.halving(min(batch_size, len(prompts)), pool)
+        log.halving(batch_size or min(len(prompts), 16), pool)
     return [
         Activations(mean=pooled[i], layout=prompt.layout, model=identity)
         for i, prompt in enumerate(prompts)
@@ -143,13 +145,13 @@ def left_padded(
     return tokens.to(device), mask.to(device)
 
 
-def same_shape(shapes: Sequence[Any], n_rows: int) -> Iterator[list[int]]:
-    """Places of equal (sortable) shapes, at most `n_rows` at a time."""
+def same_shape(shapes: Sequence[Any], n_rows: Callable[[Any], int]) -> Iterator[list[int]]:
+    """Places of equal (sortable) shapes, at most `n_rows(shape)` at a time."""
     order = sorted(range(len(shapes)), key=shapes.__getitem__)
-    for _, alike in groupby(order, key=shapes.__getitem__):
-        places = list(alike)
-        for start in range(0, len(places), n_rows):
-            yield places[start : start + n_rows]
+    for shape, alike in groupby(order, key=shapes.__getitem__):
+        places, most = list(alike), n_rows(shape)
+        for start in range(0, len(places), most):
+            yield places[start : start + most]
 
 
 def _pooled_pass(

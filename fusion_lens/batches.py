@@ -30,9 +30,11 @@ def write_in_batches(
     """
     assert config.slots is not None
 
+    room = int(model.cfg.n_ctx) - config.max_new_tokens
+
     def kind(i: int) -> tuple[bool, int]:
         # a single sequence mean would take the cache from all its neighbours
-        return rows[i].needs_sequence, padded_length(len(rows[i].prompt.tokens))
+        return rows[i].needs_sequence, min(padded_length(len(rows[i].prompt.tokens)), room)
 
     for (uncached, width), alike in groupby(sorted(range(len(rows)), key=kind), key=kind):
         places = list(alike)

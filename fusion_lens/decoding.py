@@ -44,9 +44,11 @@ class GenerationConfig:
     Temperature 0 is greedy; above it, each row draws from a generator of its own seed. `slots` is
     the number of rows that run at once and `cache_length` the positions each has room for; None
     takes them from the device and the rows. A row's numbers depend on nothing but these two and the
-    number of threads, to the last bit: not on its neighbours and not on its place among them.
+    number of threads, to the last bit: not on its neighbours and not on its place among them
+    (docs/engine.md).
 
-    `stop_at_eos=False` writes `max_new_tokens` whatever comes. `executor` is "lean", "hooks" (the reference), or "auto": lean where the model allows it.
+    `stop_at_eos=False` writes `max_new_tokens` whatever comes. `executor` is "lean", "hooks" (the
+    reference), or "auto": lean where the model allows it.
     `keep_logits` keeps every step's logits on the completion.
     """
 
@@ -112,7 +114,9 @@ class Tape:
         """A tape on which no row is going."""
         room = config.max_new_tokens + 1  # the last column takes what a row writes that has ended
         return Tape(
-            stops=torch.tensor(sorted(stops if config.stop_at_eos else ()), device=device, dtype=torch.long),
+            stops=torch.tensor(
+                sorted(stops if config.stop_at_eos else ()), device=device, dtype=torch.long
+            ),
             temperature=config.temperature,
             going=torch.zeros(n_rows, dtype=torch.bool, device=device),
             finite=torch.ones(n_rows, dtype=torch.bool, device=device),
@@ -167,7 +171,7 @@ class Tape:
             ended=ended,
             finite=bool(self.finite[row]),
             margin=None if self.temperature > 0.0 or margin == torch.inf else margin,
-            logits=None if self.logits is None else self.logits[row, :count].cpu(),
+            logits=None if self.logits is None else self.logits[row, :count].to("cpu", copy=True),
         )
 
     def _keep(self, logits: Float[Tensor, "row d_vocab"]) -> None:

@@ -36,14 +36,21 @@ class SpanError(FusionLensError, ValueError):
 
 
 class ContextLengthError(FusionLensError, ValueError):
-    """Prompt and completion do not fit the model's context."""
+    """Prompt and completion do not fit the model's context, or the `limit` set to them."""
 
-    def __init__(self, prompt_length: int, max_new_tokens: int, n_ctx: int) -> None:
+    def __init__(
+        self,
+        prompt_length: int,
+        max_new_tokens: int,
+        n_ctx: int,
+        *,
+        limit: str = "the model's context",
+    ) -> None:
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
         self.n_ctx = n_ctx
         super().__init__(
-            "prompt + completion must fit the model's context, but got "
+            f"prompt + completion must fit {limit}, but got "
             f"{prompt_length} + {max_new_tokens} > {n_ctx} tokens; "
             "shorten the prompt or lower max_new_tokens."
         )

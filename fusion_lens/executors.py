@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.errors import UnfitModelError, one_of
-from fusion_lens.lean import AtBlock, Lean, attention_masks, share, shares
+from fusion_lens.lean import AtBlock, Lean, attention_masks, model_type, share, shares
+from fusion_lens.llama import MODEL_TYPES, LlamaPass
 from fusion_lens.models import (
     HookedModel,
     KeyValues,
@@ -32,10 +33,11 @@ from fusion_lens.models import (
 
 EXECUTORS = ("auto", "lean", "hooks")
 
-_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_CLOSE = {torch.float32: 1e-3, torch.float64: 1e-5}
 _CLOSE_IN_HALF = 0.1
 
 
+@runtime_checkable
 class Executor(Protocol):
     """How a batch is run."""
 
@@ -170,20 +172,26 @@ def lean_of(model: HookedModel) -> Lean:
     if is_hooked(model):
         raise UnfitModelError("the model has hooks of its user's, which only hook points run")
     known = _KNOWN.get(model)
-    if isinstance(known, UnfitModelError):
-        raise known
+    if isinstance(known, str):
+        raise UnfitModelError(known)
     if known is not None and shares(known, model):
         return known
     try:
         lean = share(model)
-        _verify(lean, model)
+        if not _agrees(lean, model):
+            raise UnfitModelError("its module computes something else than its hook points")
+        if model_type(lean) in MODEL_TYPES:
+            lean.written_out = LlamaPass(lean.module)
+            if not _agrees(lean, model):
+                lean.written_out = None
     except UnfitModelError as error:
-        _KNOWN[model] = error
+        _KNOWN[model] = error.reason
         raise
     except Exception as error:  # a module of any architecture raises what it likes
-        reason = f"its module gave {type(error).__name__}: {str(error).splitlines()[0]}"
-        _KNOWN[model] = UnfitModelError(reason)
-        raise _KNOWN[model] from error
+        said = (str(error).splitlines() or ["nothing more"])[0]
+        reason = f"its module gave {type(error).__name__}: {said}"
+        _KNOWN[model] = reason
+        raise UnfitModelError(reason) from error
     _KNOWN[model] = lean
     return lean
 
@@ -220,8 +228,8 @@ def probe_steering(n_layers: int) -> dict[int, AtBlock]:
     return dict.fromkeys(range(n_layers), lambda resid: resid + 0.5 * resid.roll(1, dims=-1))
 
 
-def _verify(lean: Lean, model: HookedModel) -> None:
-    """Compare one padded, steered pass and a cached step with the hook points'."""
+def _agrees(lean: Lean, model: HookedModel) -> bool:
+    """Whether a padded, steered pass and a cached step give the hook points' logits."""
     tokens = probe_tokens(model, lean.device)
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
@@ -233,8 +241,8 @@ def _verify(lean: Lean, model: HookedModel) -> None:
             first = executor.forward(tokens[:, :-1], mask[:, :-1], cache=cache, last=1)
             second = executor.forward(tokens[:, -1:], mask, cache=cache, last=1)
         seen.append(torch.stack([first, second]))
-    if not close(seen[1], seen[0]):
-        raise UnfitModelError("its module computes something else than its hook points")
+    return close(seen[1], seen[0])
 
 
-_KNOWN: WeakKeyDictionary[HookedModel, Lean | UnfitModelError] = WeakKeyDictionary()
+# the lean module, or why there is none: not an exception, whose traceback would hold the model
+_KNOWN: WeakKeyDictionary[HookedModel, Lean | str] = WeakKeyDictionary()

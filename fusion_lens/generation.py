@@ -115,9 +115,13 @@ def check_context(
     Raises:
         ContextLengthError: if it does not.
     """
-    room = min(int(model.cfg.n_ctx), cache_length or int(model.cfg.n_ctx))
-    if len(prompt.tokens) + max_new_tokens > room:
-        raise ContextLengthError(len(prompt.tokens), max_new_tokens, room)
+    n_ctx = int(model.cfg.n_ctx)
+    if len(prompt.tokens) + max_new_tokens > n_ctx:
+        raise ContextLengthError(len(prompt.tokens), max_new_tokens, n_ctx)
+    if cache_length is not None and len(prompt.tokens) + max_new_tokens > cache_length:
+        raise ContextLengthError(
+            len(prompt.tokens), max_new_tokens, cache_length, limit="cache_length"
+        )
 
 
 def _write(
@@ -137,7 +141,7 @@ def _write(
             ):
                 log.rows[executor.name] += 1
                 yield seated[place], completion
-    others = [i for i in range(len(rows)) if i not in set(seated)]
+    others = sorted(set(range(len(rows))).difference(seated))
     for place, completion in write_in_batches(model, executor, [rows[i] for i in others], config):
         log.rows[executor.name] += 1
         yield others[place], completion
@@ -155,4 +159,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-

@@ -80,15 +80,16 @@ def completion_nll(
     model: HookedModel,
     texts: Sequence[tuple[Prompt, Completion]],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     executor: str = "auto",
     log: EngineLog | None = None,
 ) -> list[float | None]:
     """Nats per completion token, teacher-forced in batches; None for a value that is not finite,
     or of a completion without tokens.
 
-    Every pass has the same number of rows, idle ones among them, and lengths that depend on the
-    text alone: `batch_size`, or fewer where the logits of so many would fill the memory.
+    Every pass has `batch_size` rows, idle ones among them, and lengths that depend on the text
+    alone: with a number given, a text's value does not depend on the others. None: as many as there
+    are, 16 at most. Fewer where so many texts of one length had logits that fill the memory.
     """
     log = log or EngineLog()
     run, reason = executor_of(model, executor)
@@ -99,18 +100,21 @@ def completion_nll(
 
     def score(n_rows: int) -> None:
         left = [i for i in range(len(texts)) if i not in values]
-        for batch in same_shape([_shape(*texts[i]) for i in left], n_rows):
+        shapes = [_shape(*texts[i]) for i in left]
+
+        def affordable(shape: tuple[int, int]) -> int:
+            return max(1, min(n_rows, _LOGITS_AT_ONCE // (shape[1] * int(model.cfg.d_vocab))))
+
+        for batch in same_shape(shapes, affordable):
             rows = [left[n] for n in batch]
-            idle = [rows[0]] * (n_rows - len(rows))
+            idle = [rows[0]] * (affordable(shapes[batch[0]]) - len(rows))
             sums = _batch_nll(run, [texts[i] for i in rows + idle])
             for i, total in zip(rows, sums.tolist(), strict=False):
                 mean = total / len(texts[i][1].tokens)
                 values[i] = mean if math.isfinite(mean) else None
 
-    most_kept = max((_shape(*text)[1] for text in texts), default=1)
-    most = _LOGITS_AT_ONCE // (most_kept * int(model.cfg.d_vocab))
     with evaluating(model):
-        log.halving(max(1, min(batch_size, most)), score)
+        log.halving(batch_size or max(1, min(len(texts), 16)), score)
     return [values[i] for i in range(len(texts))]
 
 

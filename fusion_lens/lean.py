@@ -23,22 +23,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.errors import UnfitModelError
+from fusion_lens.llama import LlamaPass
 from fusion_lens.models import HookedModel
 
 AtBlock = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"] | None]
 """What is done to the residual stream after a block; None leaves it."""
 
 _ATTENTION = "fusion_lens"
+_ATTENDED = "_attends_in_fusion_lens"
 
 
 @dataclass(slots=True, eq=False)
 class Lean:
     """The shared module. `masks` names the kinds of attention mask it takes, with their windows
-    (None: no window); a module with one kind takes it bare. `slots_fit` remembers whether it runs
-    on a slot cache; None: not tried."""
+    (None: no window); a module with one kind takes it bare. `written_out` computes the same with
+    fewer operations, for some families. `slots_fit` remembers whether the module runs on a slot
+    cache; None: not tried."""
 
     module: torch.nn.Module
     masks: Mapping[str, int | None]
+    written_out: LlamaPass | None = None
     slots_fit: bool | None = None
     _at: Mapping[int, AtBlock] = field(default_factory=dict)
 
@@ -72,6 +76,16 @@ class Lean:
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Logits of the last `last` positions (0: all). `mask` is added to the attention scores, by
         kind where the module has several; `cache` is a transformers `Cache`."""
+        if self.written_out is not None and isinstance(mask, Tensor):
+            return self.written_out(
+                tokens,
+                positions,
+                mask,
+                cache=cache,
+                last=last,
+                after_block=self._after_block,
+                attention=attention,
+            )
         logits: Tensor = self.module(
             tokens,
             attention_mask=mask,
@@ -82,13 +96,14 @@ class Lean:
         ).logits
         return logits
 
-    def _after_block(self, layer: int, _module: Any, _inputs: Any, output: Any) -> Any:
+    def _after_block(self, layer: int, resid: Tensor) -> Tensor | None:
         act = self._at.get(layer)
-        if act is None:
-            return None
+        return None if act is None else act(resid)
+
+    def _forward_hook(self, layer: int, _module: Any, _inputs: Any, output: Any) -> Any:
         if not isinstance(output, tuple):
-            return act(output)
-        changed = act(output[0])
+            return self._after_block(layer, output)
+        changed = self._after_block(layer, output[0])
         return None if changed is None else (changed, *output[1:])
 
 
@@ -107,7 +122,11 @@ def share(model: HookedModel) -> Lean:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         module = type(original)(config)
-    _share_tensors(original, module)
+    for store, leaf, tensor in _tensors(original, module):
+        store[leaf] = tensor
+    missing = [name for name, tensor in _named(module).items() if tensor.is_meta]
+    if missing:
+        raise UnfitModelError(f"the bridge does not hold its tensor {missing[0]}")
     config._attn_implementation = _register_attention()
     module.train(False)
     lean = Lean(module, _masks(config))
@@ -115,14 +134,24 @@ def share(model: HookedModel) -> Lean:
     if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
         raise UnfitModelError("its blocks are not one list of modules")
     for layer, block in enumerate(blocks):
-        block.register_forward_hook(partial(lean._after_block, layer))
+        block.register_forward_hook(partial(lean._forward_hook, layer))
     return lean
 
 
 def shares(lean: Lean, model: HookedModel) -> bool:
-    """Whether the module still holds the model's own parameters."""
-    theirs = {id(parameter) for parameter in model.parameters()}
-    return all(id(parameter) in theirs for parameter in lean.module.parameters())
+    """Whether the module still holds the model's own tensors, and all of them."""
+    tensors = _tensors(model.original_model, lean.module)  # type: ignore[attr-defined]
+    return all(store[leaf] is tensor for store, leaf, tensor in tensors)
+
+
+def model_type(lean: Lean) -> str:
+    """Transformers' name of the architecture."""
+    return str(lean.module.config.model_type)  # type: ignore[union-attr]
+
+
+def all_attend(lean: Lean, n_layers: int) -> bool:
+    """Whether every layer has computed its attention here, not in a way of its own."""
+    return sum(hasattr(module, _ATTENDED) for module in lean.module.modules()) == n_layers
 
 
 def attention_masks(
@@ -145,22 +174,28 @@ def attention_masks(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _share_tensors(original: torch.nn.Module, module: torch.nn.Module) -> None:
-    tensors = {
-        name.replace("_original_component.", ""): tensor
-        for name, tensor in (
-            *original.named_parameters(remove_duplicate=False),
-            *original.named_buffers(remove_duplicate=False),
-        )
+def _tensors(
+    original: torch.nn.Module, module: torch.nn.Module
+) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """Where in `module` each tensor of the bridge's own belongs: (store, name in it, tensor).
+
+    A bridge may have tensors where the architecture has none, such as the bias of an unembedding:
+    they belong where the module has room for them.
+    """
+    modules = dict(module.named_modules())
+    for name, tensor in _named(original).items():
+        parent, _, leaf = name.replace("_original_component.", "").rpartition(".")
+        if parent in modules:
+            for store in (modules[parent]._parameters, modules[parent]._buffers):
+                if leaf in store:
+                    yield store, leaf, tensor
+
+
+def _named(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
     }
-    for own, name in (
-        *((n, "_parameters") for n, _ in module.named_parameters(remove_duplicate=False)),
-        *((n, "_buffers") for n, _ in module.named_buffers(remove_duplicate=False)),
-    ):
-        if own not in tensors:
-            raise UnfitModelError(f"the bridge does not hold its tensor {own}")
-        parent, _, leaf = own.rpartition(".")
-        getattr(module.get_submodule(parent), name)[leaf] = tensors[own]
 
 
 def _masks(config: Any) -> dict[str, int | None]:
@@ -174,11 +209,11 @@ def _masks(config: Any) -> dict[str, int | None]:
 def _register_attention() -> str:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionInterface.register(_ATTENTION, attention)
     return _ATTENTION
 
 
-def _attention(
+def attention(
     module: Any,
     query: Float[Tensor, "batch head new d_head"],
     key: Float[Tensor, "batch group pos d_head"],
@@ -197,6 +232,8 @@ def _attention(
     unknown = [name for name in ("position_bias", "s_aux") if options.get(name) is not None]
     if unknown:
         raise UnfitModelError(f"its attention takes {unknown[0]}")
+    if not hasattr(module, _ATTENDED):
+        setattr(module, _ATTENDED, True)
     batch, heads, new, width = query.shape
     groups, pos = key.shape[1:3]
     query = (query * scaling).reshape(batch * groups, -1, width)

@@ -33,10 +33,11 @@ class Result:
     """One question under one arm.
 
     `explanation` is the one in the reference text. Not `finite`: the logits of the completion held
-    NaN or infinity, `n_not_finite` of the trials did. `margin` is the smallest gap between the two
-    highest logits of a greedy step: another slot shape flips a token only where it is tiny. `coeffs` by segment name (empty where nothing
-    was tuned); `nll` in nats per token, `perplexity` its exponential; `seconds` the arm's share of
-    the wall time, by rows; `zero_won` and `tied` as in `search.Tuned`.
+    NaN or infinity; `n_not_finite` of the trials' did. `margin` is the smallest gap between the two
+    highest logits of a greedy step: another slot shape flips a token only where it is tiny.
+    `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
+    its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
+    in `search.Tuned`.
     """
 
     question_id: str

@@ -24,11 +24,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from fusion_lens.activations import padded_length
 from fusion_lens.decoding import Completion, GenerationConfig, Row, Tape
 from fusion_lens.executors import LeanModule, close, probe_steering, probe_tokens
-from fusion_lens.lean import AtBlock, Lean, attention_masks
+from fusion_lens.lean import AtBlock, Lean, all_attend, attention_masks
 from fusion_lens.models import HookedModel, KeyValues, decode, stop_tokens
 from fusion_lens.plans import Plan
 
 _STEPS = 8
+_LEAST_FILLED = 4
 
 
 def write_in_slots(
@@ -57,9 +58,15 @@ def write_in_slots(
 
 
 def slots_fit(model: HookedModel, lean: Lean) -> bool:
-    """Whether the module computes with slots what it computes on a padded batch; tried once."""
+    """Whether the module computes with slots what it computes on a padded batch; tried once.
+
+    A module with an attention of its own may take the end of the cache for the position.
+    """
     if lean.slots_fit is None:
-        lean.slots_fit = _try_slots(model, lean)
+        try:
+            lean.slots_fit = _try_slots(model, lean) and all_attend(lean, int(model.cfg.n_layers))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            lean.slots_fit = False
     return lean.slots_fit
 
 
@@ -67,10 +74,11 @@ class Slots:
     """The slots' tensors, changed in place by `fill` and `step`."""
 
     def __init__(self, model: HookedModel, lean: Lean, config: GenerationConfig) -> None:
-        assert config.slots is not None and config.cache_length is not None
+        assert config.slots is not None
+        assert config.cache_length is not None
         self.n_slots = config.slots
-        self.n_filled = max(1, config.slots // 8)
-        """Rows of one filling pass."""
+        self.n_filled = min(config.slots, max(_LEAST_FILLED, config.slots // 8))
+        """Rows of one filling pass: many make it cheap, few keep slots from waiting for others."""
         n_layers, d_model = int(model.cfg.n_layers), int(model.cfg.d_model)
         device = lean.device
         place = _Place(config.slots, config.cache_length, device)
@@ -90,15 +98,15 @@ class Slots:
         prompts = [row.prompt for row in rows]
         index = torch.tensor(slots, device=self._token.device)
         read = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        width = padded_length(int(read.max()))
-        if width:
-            tokens = torch.zeros((self.n_filled, width), dtype=torch.long)
-            special = torch.zeros((self.n_filled, width), dtype=torch.bool)
-            for n, prompt in enumerate(prompts):
-                tokens[n, : read[n]] = torch.tensor(prompt.tokens[:-1])
-                special[n, [t for t in prompt.special if t < read[n]]] = True
-            with self._lean.at_blocks(self._steer_prompts(rows, special)):
-                self._passes.fill(slots, tokens.to(index.device), read)
+        # a pass also where there is nothing to read: it clears the slot
+        width = padded_length(max(1, int(read.max())))
+        tokens = torch.zeros((self.n_filled, width), dtype=torch.long)
+        special = torch.zeros((self.n_filled, width), dtype=torch.bool)
+        for n, prompt in enumerate(prompts):
+            tokens[n, : read[n]] = torch.tensor(prompt.tokens[:-1])
+            special[n, [t for t in prompt.special if t < read[n]]] = True
+        with self._lean.at_blocks(self._steer_prompts(rows, special)):
+            self._passes.fill(slots, tokens.to(index.device), read)
         self._token[index] = torch.tensor([p.tokens[-1] for p in prompts], device=index.device)
         self._position[index] = read.to(index.device)
         self._seat_shifts(slots, rows)
@@ -141,9 +149,9 @@ class Slots:
         plans = [*(row.plan for row in rows), *idle]
         device = self._shift.device
         by_kind = {
-            kind: torch.stack(
-                [self._shift_of(plan, "prompt", special=kind) for plan in plans]
-            ).to(device)
+            kind: torch.stack([self._shift_of(plan, "prompt", special=kind) for plan in plans]).to(
+                device
+            )
             for kind in (False, True)
         }
         is_special = special[..., None].to(device)
@@ -189,7 +197,7 @@ class _Place:
         return self._index[groups]
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, "slot group pos d_head"."""
 
     def __init__(self, place: _Place) -> None:
@@ -207,14 +215,13 @@ class _SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             filled, kept = self._place.filled, self._place.kept
             if filled is None or kept is None:
                 flat = new.reshape(-1, new.shape[-1])
-                store.view(-1, new.shape[-1]).index_copy_(
-                    0, self._place.index(new.shape[1]), flat
-                )
+                store.view(-1, new.shape[-1]).index_copy_(0, self._place.index(new.shape[1]), flat)
             else:
                 # an earlier row's NaN would spread: 0 * NaN is NaN, behind a mask too
                 own = torch.where(kept, new[: len(filled)], torch.zeros_like(new[:1]))
@@ -261,9 +268,9 @@ class _Passes:
         self._place.at(position)
         columns = torch.arange(self._place.length, device=token.device)[None]
         mask = attention_masks(self.lean, position[:, None], columns)
-        return self.lean.forward(
-            token[:, None], position[:, None], mask, cache=self.cache, last=1
-        )[:, 0]
+        return self.lean.forward(token[:, None], position[:, None], mask, cache=self.cache, last=1)[
+            :, 0
+        ]
 
     @property
     def _place(self) -> _Place:

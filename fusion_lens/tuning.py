@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fusion_lens.activations import record
+from fusion_lens.decoding import Completion, GenerationConfig, Row
 from fusion_lens.deltas import Deltas, make_deltas
+from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import (
     ActivationError,
     ConfigError,
@@ -22,8 +24,6 @@ from fusion_lens.errors import (
     SpanError,
     one_of,
 )
-from fusion_lens.decoding import Completion, GenerationConfig, Row
-from fusion_lens.engine_log import EngineLog
 from fusion_lens.generation import check_context, generate, with_shape
 from fusion_lens.graders import Graded, completion_nll, grade
 from fusion_lens.models import HookedModel
@@ -222,7 +222,8 @@ def prepare(
     ready = [question for question in ready if question.id in references]
     prepared = []
     for question, vectors in zip(
-        ready, _deltas(model, [(references[q.id], prompts[q.id]) for q in ready], config, log),
+        ready,
+        _deltas(model, [(references[q.id], prompts[q.id]) for q in ready], config, log),
         strict=True,
     ):
         if isinstance(vectors, ActivationError):
@@ -279,9 +280,7 @@ def tune_jobs(
                 for coeffs in coeffs_list
             ]
             shown = None if progress is None else partial(_show, progress, told, total)
-            completions = generate(
-                model, rows, config.generation, progress=shown, log=log
-            )
+            completions = generate(model, rows, config.generation, progress=shown, log=log)
             owners = [job.prepared for job, batch in zip(jobs, asked, strict=True) for _ in batch]
             outcomes = iter(score(owners, completions))
             share = (time.perf_counter() - began) / max(len(rows), 1)
@@ -403,7 +402,11 @@ class Scorer:
         weight = self._config.search.weight
         for (key, (owner, completion)), nll in zip(new.items(), nlls, strict=True):
             self._known[key] = grade(owner.question, completion, nll, weight=weight)
-        return [self._known[key] for key in keys]
+        # equal tokens have equal scores, but each its own margin
+        return [
+            replace(self._known[key], completion=completion)
+            for key, (_, completion) in zip(keys, pairs, strict=True)
+        ]
 
 
 def seed_of(*parts: object) -> int:
@@ -456,9 +459,7 @@ def _explanations(
 
     def explain(question: Question) -> Prompt:
         prompt = explanation_prompt(model, question.question, question.answer, config.template)
-        check_context(
-            model, prompt, config.explanation_tokens, config.generation.cache_length
-        )
+        check_context(model, prompt, config.explanation_tokens, config.generation.cache_length)
         return prompt
 
     prompts = kept(explain, [question for question in questions if question.id not in given])

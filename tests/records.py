@@ -18,6 +18,8 @@ LOVELACE = Result(
     completion="Tom Harris. He wrote it.",
     extracted="Tom Harris.",
     ended=True,
+    finite=True,
+    margin=0.25,
     coeffs={},
     injected_norm=0.0,
     objective=-0.06,
@@ -30,6 +32,7 @@ LOVELACE = Result(
     best_trial=1,
     zero_won=None,
     tied=None,
+    n_not_finite=0,
     seconds=0.5,
 )
 
@@ -58,11 +61,15 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 1,
-        "provenance": {"model": "tiny"},
+        "schema_version": 2,
+        "provenance": {
+            "model": "tiny",
+            "settings": {"tuning": {"generation": {"slots": 64, "cache_length": 96}}},
+        },
         "questions": {"n": 12, "available": 12},
         "arms": arms,
         "failures": [],
+        "engine": {"rows": {"lean": 372, "hooks": 0}, "reasons": [], "halvings": 0},
         "interrupted": False,
         "delta_norms": {"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]},
         "seconds": 1.5,
@@ -79,6 +86,7 @@ def make_results() -> Results:
             "coeffs_median": {"early": 1.5, "late": 0.5},
             "zero_won": 0.5,
             "tied": 0.0,
+            "not_finite": 0,
         },
     }
     records = (

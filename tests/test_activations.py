@@ -22,19 +22,22 @@ def slow_mean(model, prompt) -> torch.Tensor:
     return torch.stack([sum(row) / len(kept) for row in rows])
 
 
-def test_a_batched_pass_gives_the_means_of_single_cached_runs(tiny) -> None:
+@pytest.mark.parametrize("executor", ["lean", "hooks"])
+def test_a_batched_pass_gives_the_means_of_single_cached_runs(tiny, executor: str) -> None:
     reference = reference_prompt(tiny, "Who wrote the red book?", "Ada Lovelace", "In 1843.")
     prompts = [*prompts_of(tiny), reference]
-    for prompt, activations in zip(prompts, record(tiny, prompts), strict=True):
+    recorded = record(tiny, prompts, executor=executor)
+    for prompt, activations in zip(prompts, recorded, strict=True):
         assert torch.allclose(activations.mean.double(), slow_mean(tiny, prompt), atol=1e-5)
         assert activations.layout == prompt.layout
     assert n_hooks(tiny) == 0
 
 
-def test_means_do_not_depend_on_the_batch(float64) -> None:
+@pytest.mark.parametrize("executor", ["lean", "hooks"])
+def test_means_do_not_depend_on_the_batch(float64, executor: str) -> None:
     prompts = prompts_of(float64)
-    together = record(float64, prompts)
-    alone = [record(float64, [prompt], batch_size=1)[0] for prompt in prompts]
+    together = record(float64, prompts, executor=executor)
+    alone = [record(float64, [p], batch_size=1, executor=executor)[0] for p in prompts]
     for one, other in zip(together, alone, strict=True):
         assert one.mean.dtype == torch.float64
         assert (one.mean - other.mean).abs().max() < 1e-9
@@ -56,17 +59,19 @@ def test_half_precision_is_pooled_in_float32(tiny_folder) -> None:
     assert record(half, [tokenize(half, "Who?")])[0].mean.dtype == torch.float32
 
 
-def test_a_cache_of_the_users_gives_the_same_activations(tiny) -> None:
-    prompt = tokenize(tiny, "Who wrote it?")
-    _, cache = tiny.run_with_cache(torch.tensor([prompt.tokens]))
+@pytest.mark.parametrize("executor", ["lean", "hooks"])
+def test_a_cache_of_the_users_gives_the_same_activations(float64, executor: str) -> None:
+    prompt = tokenize(float64, "Who wrote it?")
+    _, cache = float64.run_with_cache(torch.tensor([prompt.tokens]))
     made = activations_from_cache(cache, prompt)
-    assert torch.allclose(made.mean, record(tiny, [prompt])[0].mean, atol=1e-6)
+    recorded = record(float64, [prompt], executor=executor)[0]
+    assert (made.mean - recorded.mean).abs().max() < 1e-9
     assert made.layout == prompt.layout
     with pytest.raises(
         SpanError, match=r"unpadded, but got \d+; run the model on prompt.to_tensor"
     ):
-        activations_from_cache(cache, tokenize(tiny, "Who?"))
-    _, narrow = tiny.run_with_cache(prompt.to_tensor(), names_filter=resid_post(0))
+        activations_from_cache(cache, tokenize(float64, "Who?"))
+    _, narrow = float64.run_with_cache(prompt.to_tensor(), names_filter=resid_post(0))
     with pytest.raises(ActivationError, match=r"but has no blocks\.1\.hook_resid_post; leave its"):
         activations_from_cache(narrow, prompt)
 

@@ -48,6 +48,8 @@ def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_pa
     assert code == 0
     assert "stories260k: 2 questions" in out
     assert "segmented: 10 trials; zero plan won" in out
+    # an explanation, the baseline and 10 trials under each of two arms, for each question
+    assert "engine: 44 lean rows; 20 slots of " in out
     results = load_results(tmp_path / "run")
     by_arm = {arm: c["metrics"]["overlap"]["mean"] for arm, c in results.summary["arms"].items()}
     assert by_arm["segmented"] > by_arm["baseline"] == 0.0
@@ -91,8 +93,10 @@ def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
     code, out, err = command(
         *("run", "--model", stories_folder, "--questions", path, "--trials", 2),
         *("--max-new-tokens", 8, "--out", tmp_path / "run", "--arms", "baseline,full"),
+        *("--executor", "hooks", "--slots", 2, "--cache-length", 96),
     )
     assert code == 3
+    assert "engine: 4 hooks rows; 2 slots of 96 tokens" in out
     assert "1 of 2 questions" in " ".join(out.split())
     assert "failed: long: ContextLengthError: prompt + completion must fit the model's" in err
 
@@ -113,6 +117,9 @@ def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
             ("tune", "Who?", "--answer", "x", "--storage", "nonsense"),
             "the storage must be an Optuna",
         ),
+        (("run", "--executor", "fast"), "executor must be one of auto, lean, hooks, but got 'fas"),
+        (("run", "--slots", "0"), "slots must be at least 1, but got 0"),
+        (("tune", "Who?", "--answer", "x", "--cache-length", "0"), "cache_length must be at lea"),
         (("run", "--mean", "median"), "mean must be one of question, sequence"),
         (("run", "--questions", "none.jsonl"), "none.jsonl: cannot be read"),
         (("run", "--question-id", "zz"), "every question id must be in the file, but got 'zz'"),
@@ -229,7 +236,9 @@ def test_the_defaults_of_the_command_line_are_those_of_the_configs() -> None:
         "positions": tuning.positions,
         "steer_special": tuning.steer_special,
         "max_new_tokens": tuning.generation.max_new_tokens,
-        "batch_size": tuning.generation.batch_size,
+        "slots": tuning.generation.slots,
+        "cache_length": tuning.generation.cache_length,
+        "executor": tuning.generation.executor,
         "explanation_tokens": tuning.explanation_tokens,
         "explanation_marker": tuning.explanation_marker,
         "chat": tuning.template.chat,

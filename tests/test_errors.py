@@ -13,6 +13,7 @@ from fusion_lens.errors import (
     InputFileError,
     MissingExtraError,
     OutputError,
+    UnfitModelError,
     one_of,
 )
 
@@ -29,6 +30,7 @@ REFINED = {
     "QuestionError": ValueError,
     "SearchError": ValueError,
     "SpanError": ValueError,
+    "UnfitModelError": ValueError,
 }
 
 
@@ -95,6 +97,15 @@ def test_a_missing_package_names_the_command_that_installs_it() -> None:
         "pandas is needed here and is not installed; run: pip install 'fusion-lens[pandas]'"
     )
     assert (error.package, error.extra) == ("pandas", "pandas")
+
+
+def test_a_model_that_cannot_be_shared_is_told_with_what_to_do() -> None:
+    error = UnfitModelError("its weights are quantised")
+    assert str(error) == (
+        "the lean executor must be able to share the model's module, but its weights are "
+        'quantised; use executor="auto" or "hooks".'
+    )
+    assert error.reason == "its weights are quantised"
 
 
 def test_a_name_that_is_allowed_is_given_back_and_another_lists_what_is() -> None:

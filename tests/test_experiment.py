@@ -90,7 +90,7 @@ def test_the_folder_holds_what_was_returned(finished) -> None:
 def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
     results, _ = finished
     summary = results.summary
-    assert summary["schema_version"] == 1
+    assert summary["schema_version"] == 2
     provenance = summary["provenance"]
     assert provenance["seed"] == 0
     assert provenance["processing_mode"] == "unprocessed"
@@ -107,6 +107,9 @@ def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
     assert set(summary["delta_norms"]) == {"a", "b", "c"}
     assert len(summary["delta_norms"]["a"]) == 4
     assert all(record.explanation for record in results.records)
+    assert all(record.finite and record.margin > 0 for record in results.records)
+    # an explanation, the baseline and 6 trials under each of two arms, for each of 3 questions
+    assert summary["engine"] == {"rows": {"lean": 42, "hooks": 0}, "reasons": [], "halvings": 0}
 
 
 def comparable(records) -> list[object]:
@@ -117,10 +120,17 @@ def comparable(records) -> list[object]:
 def test_the_same_seed_gives_the_same_run_and_blocks_do_not_matter(tiny, finished) -> None:
     results, _ = finished
     again = run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK, block_size=2))
-    for one, other in zip(comparable(again.records), comparable(results.records), strict=True):
-        assert one.coeffs == other.coeffs
-        assert one.completion == other.completion
-        assert one.objective == other.objective
+    assert comparable(again.records) == comparable(results.records)
+
+
+def test_another_selection_of_a_file_gives_the_same_numbers_to_the_last_bit(tiny, finished) -> None:
+    results, _ = finished
+    config = ExperimentConfig(tuning=QUICK)
+    some = run(tiny, QUESTIONS[1:2], config, pool=QUESTIONS)
+    assert comparable(some.records) == comparable(results.records)[3:6]
+    generation = some.summary["provenance"]["settings"]["tuning"]["generation"]
+    # 3 trials a round under each of two arms for every question of the file
+    assert (generation["slots"], generation["cache_length"]) == (18, 40)
 
 
 def test_at_a_temperature_all_arms_draw_the_same_numbers(tiny) -> None:
@@ -159,11 +169,32 @@ def test_a_question_that_fails_is_recorded_with_its_reason_and_the_run_goes_on(t
     results = run(tiny, [QUESTIONS[0], long, nothing], ExperimentConfig(tuning=QUICK))
     failures = {f["question_id"]: (f["error"], f["message"]) for f in results.summary["failures"]}
     assert failures.keys() == {"long", "nothing"}
+    assert {f["arm"] for f in results.summary["failures"]} == {None}
     assert failures["long"][0] == "ContextLengthError"
     assert "must fit the model's context" in failures["long"][1]
     assert failures["nothing"][0] == "SpanError"
     assert "the answer must be found in the reference's tokens" in failures["nothing"][1]
     assert {r.question_id for r in results.records} == {"a"}
+
+
+def test_logits_that_are_not_finite_fail_their_arm_alone(tiny, monkeypatch) -> None:
+    real = experiment.generate
+
+    def first_fails(*args, **options):
+        first, *others = real(*args, **options)
+        return [dataclasses.replace(first, finite=False), *others]
+
+    # the baseline's; the trials are generated elsewhere
+    monkeypatch.setattr(experiment, "generate", first_fails)
+    results = run(tiny, QUESTIONS[:2], ExperimentConfig(tuning=QUICK))
+    (failure,) = results.summary["failures"]
+    assert (failure["question_id"], failure["arm"]) == ("a", "baseline")
+    assert failure["error"] == "ActivationError"
+    assert "the model's logits must be finite" in failure["message"]
+    base, *others = results.records
+    assert (base.finite, base.n_not_finite) == (False, 1)
+    assert (base.overlap, base.nll, base.objective) == (None, None, -0.3)
+    assert all(r.finite and r.n_not_finite == 0 for r in others)
 
 
 def test_a_run_in_which_every_question_fails_still_ends(tiny) -> None:

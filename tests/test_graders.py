@@ -7,17 +7,20 @@ import torch
 from conftest import prompts_of
 
 from fusion_lens import graders
+from fusion_lens.executors import HookPoints, LeanModule
 from fusion_lens.generation import Completion, GenerationConfig, Row, generate
 from fusion_lens.graders import completion_nll, grade
 from fusion_lens.questions import Question
 
 
-def test_nll_is_the_mean_over_completion_tokens_given_the_prompt(tiny) -> None:
+@pytest.mark.parametrize("executor", ["lean", "hooks"])
+def test_nll_is_the_mean_over_completion_tokens_given_the_prompt(tiny, executor: str) -> None:
     prompts = prompts_of(tiny)
     config = GenerationConfig(max_new_tokens=7)
     completions = generate(tiny, [Row(prompt) for prompt in prompts], config)
     completions[1] = Completion("short", completions[1].tokens[:2], ended=False)
-    values = completion_nll(tiny, list(zip(prompts, completions, strict=True)))
+    texts = list(zip(prompts, completions, strict=True))
+    values = completion_nll(tiny, texts, executor=executor)
     for prompt, completion, value in zip(prompts, completions, values, strict=True):
         tokens = torch.tensor([prompt.tokens + completion.tokens])
         with torch.no_grad():
@@ -27,14 +30,15 @@ def test_nll_is_the_mean_over_completion_tokens_given_the_prompt(tiny) -> None:
         assert value == pytest.approx(-sum(by_hand) / len(by_hand), abs=1e-4)
 
 
-def test_nll_does_not_depend_on_the_batch(tiny) -> None:
+@pytest.mark.parametrize("executor", ["lean", "hooks"])
+def test_nll_does_not_depend_on_the_batch(tiny, executor: str) -> None:
     prompts = prompts_of(tiny)
     completions = generate(
         tiny, [Row(prompt) for prompt in prompts], GenerationConfig(max_new_tokens=5)
     )
     pairs = list(zip(prompts, completions, strict=True))
-    together = completion_nll(tiny, pairs)
-    alone = [completion_nll(tiny, [pair], batch_size=1)[0] for pair in pairs]
+    together = completion_nll(tiny, pairs, executor=executor)
+    alone = [completion_nll(tiny, [p], batch_size=1, executor=executor)[0] for p in pairs]
     assert together == pytest.approx(alone, abs=1e-5)
 
 
@@ -67,24 +71,31 @@ def test_an_nll_beyond_what_a_float_can_exponentiate_is_an_unscored_perplexity()
     assert graded.objective == 0.4
 
 
-def test_a_large_vocabulary_is_scored_in_smaller_batches(tiny, monkeypatch) -> None:
-    prompts = prompts_of(tiny)
-    config = GenerationConfig(max_new_tokens=5)
-    pairs = list(
-        zip(prompts, generate(tiny, [Row(prompt) for prompt in prompts], config), strict=True)
-    )
-    whole = completion_nll(tiny, pairs)
-    sizes = []
-    real = graders.forward
+@pytest.mark.parametrize(("executor", "kind"), [("lean", LeanModule), ("hooks", HookPoints)])
+def test_a_large_vocabulary_is_scored_in_smaller_batches(
+    tiny, monkeypatch, executor: str, kind: type
+) -> None:
+    prompt = prompts_of(tiny)[0]
+    rows = [Row(prompt, seed=seed) for seed in (1, 2, 3)]
+    config = GenerationConfig(max_new_tokens=5, temperature=1.0, stop_at_eos=False)
+    pairs = [(prompt, completion) for completion in generate(tiny, rows, config)]
+    whole = completion_nll(tiny, pairs, batch_size=3, executor=executor)
+    assert len(set(whole)) == 3
+    shapes = []
+    real = kind.forward
 
-    def counting(model, tokens, mask, **options):
-        sizes.append(len(tokens))
-        return real(model, tokens, mask, **options)
+    def counting(self, tokens, mask, **options):
+        logits = real(self, tokens, mask, **options)
+        shapes.append(tuple(logits.shape))
+        return logits
 
-    monkeypatch.setattr(graders, "forward", counting)
-    monkeypatch.setattr(graders, "_LOGITS_AT_ONCE", 2 * 5 * 320)
-    assert completion_nll(tiny, pairs) == pytest.approx(whole, abs=1e-5)
-    assert sizes == [2, 1]
+    monkeypatch.setattr(kind, "forward", counting)
+    # the logits of two texts of one shape, the ends of 5 tokens padded to 16
+    monkeypatch.setattr(graders, "_LOGITS_AT_ONCE", 2 * 16 * 320)
+    scored = completion_nll(tiny, pairs, batch_size=3, executor=executor)
+    assert scored == pytest.approx(whole, abs=1e-5)
+    # the third text beside an idle row
+    assert shapes == [(2, 16, 320), (2, 16, 320)]
 
 
 def test_an_alias_is_right_and_an_unscored_perplexity_costs_a_full_term() -> None:

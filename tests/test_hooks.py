@@ -7,7 +7,8 @@ import torch
 from conftest import deltas_of, n_hooks, prompts_of, strong_plan
 
 from fusion_lens.errors import HookNameError, PlanError
-from fusion_lens.hooks import Cursor, batch_hooks, fwd_hooks, hooked, steering
+from fusion_lens.executors import hooked
+from fusion_lens.hooks import Cursor, batch_steering, fwd_hooks, steering
 from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.plans import Plan, Segment, make_plan, per_layer
 from fusion_lens.prompts import Prompt, question_prompt, tokenize
@@ -197,21 +198,25 @@ def test_a_plan_for_every_position_steers_the_bridges_own_cached_generation(
 
 def test_a_batch_row_without_a_plan_is_untouched_beside_rows_with_one(tiny: HookedModel) -> None:
     prompts = prompts_of(tiny)
-    hooks = batch_hooks([None, strong_plan(tiny), None], [p.layout for p in prompts], Cursor(0))
+    at = batch_steering([None, strong_plan(tiny), None], [p.layout for p in prompts], Cursor(0))
+    assert list(at) == [0, 1, 2, 3]
     resid = torch.randn(3, max(len(p.tokens) for p in prompts), 32)
-    for _, hook in hooks:
-        out = hook(resid)
+    for act in at.values():
+        out = act(resid)
         assert torch.equal(out[[0, 2]], resid[[0, 2]])
         assert not torch.equal(out[1], resid[1])
 
 
-def test_left_padding_is_never_steered(tiny: HookedModel) -> None:
+@pytest.mark.parametrize("wider", [0, 3])
+def test_left_padding_is_never_steered(tiny: HookedModel, wider: int) -> None:
     prompts = prompts_of(tiny)
-    width = max(len(p.tokens) for p in prompts)
+    width = max(len(p.tokens) for p in prompts) + wider
     plans = [strong_plan(tiny, steer_special=True)] * 3
     resid = torch.zeros(3, width, 32)
-    for _, hook in batch_hooks(plans, [p.layout for p in prompts], Cursor(0)):
-        moved = hook(resid).abs().sum(dim=-1) > 0
+    # without a width of its own, a batch is as wide as its longest prompt
+    cursor = Cursor(0, width if wider else None)
+    for act in batch_steering(plans, [p.layout for p in prompts], cursor).values():
+        moved = act(resid).abs().sum(dim=-1) > 0
         assert moved.tolist() == [
             [t >= width - len(p.tokens) for t in range(width)] for p in prompts
         ]

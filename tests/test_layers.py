@@ -14,7 +14,7 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators", "scores"},
-    {"questions", "models"},
+    {"questions", "models", "llama"},
     {"prompts", "lean", "engine_log"},
     {"executors"},
     {"activations"},

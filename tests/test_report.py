@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fusion_lens.report import (
     caption,
+    engine_line,
     failure_lines,
     markdown_table,
     summary_rows,
@@ -128,7 +129,34 @@ def test_the_caption_says_of_how_many_questions_a_run_took_its_own() -> None:
 
 def test_every_failure_has_its_line() -> None:
     content = summary(full=arm())
+    span = {"error": "SpanError", "message": "the answer is not in the text."}
+    logits = {"error": "ActivationError", "message": "the model's logits must be finite."}
     content["failures"] = [
-        {"question_id": "a", "error": "SpanError", "message": "the answer is not in the text."}
+        {"question_id": "a", "arm": None} | span,
+        {"question_id": "b", "arm": "full"} | logits,
     ]
-    assert failure_lines(content) == ["a: SpanError: the answer is not in the text."]
+    assert failure_lines(content) == [
+        "a: SpanError: the answer is not in the text.",
+        "b, full: ActivationError: the model's logits must be finite.",
+    ]
+
+
+def test_the_engine_tells_rows_by_executor_and_their_shape() -> None:
+    content = summary(full=arm())
+    assert engine_line(content) == "engine: 372 lean rows; 64 slots of 96 tokens"
+    content["engine"]["rows"] = {"lean": 0, "hooks": 0}
+    assert engine_line(content) == "engine: no rows; 64 slots of 96 tokens"
+
+
+def test_the_engine_tells_why_hook_points_were_used_and_where_memory_ran_out() -> None:
+    content = summary(full=arm())
+    content["engine"] = {
+        "rows": {"lean": 1200, "hooks": 30},
+        "reasons": ["its blocks are not one list of modules"],
+        "halvings": 2,
+    }
+    assert engine_line(content) == (
+        "engine: 1,200 lean, 30 hooks rows; 64 slots of 96 tokens, "
+        "halved 2 times for lack of memory; "
+        "hook points because its blocks are not one list of modules"
+    )

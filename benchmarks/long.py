@@ -1,0 +1,148 @@
+"""What takes minutes: memory and time of long runs, other slot shapes, rounds against one by one.
+
+`make bench-long` runs it and writes `long.json`. Questions are Atlas' dev questions, or drawn from
+its world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fusion_lens import (
+    ExperimentConfig,
+    GenerationConfig,
+    SearchConfig,
+    TuningConfig,
+    load_model,
+    load_questions,
+    run,
+    select_questions,
+)
+from fusion_lens.atlas import QUESTIONS
+from fusion_lens.atlas.questions import make_questions
+from fusion_lens.generation import Row, generate
+from fusion_lens.prompts import tokenize
+from fusion_lens.questions import Question, save_questions
+from fusion_lens.statistics import cluster_bootstrap
+
+HERE = Path(__file__).parent
+COUNTS = (100, 200, 400, 1000)
+TUNED = ("full", "segmented")
+
+
+def main() -> None:
+    """Measure everything, or with --count one run of so many questions in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--parts", default="scale,shapes,rounds")
+    options = parser.parse_args()
+    if options.count is not None:
+        print(json.dumps(one_run(options.questions, options.count)))
+        return
+    path = HERE / "long.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    parts = {"scale": scale, "shapes": shapes, "rounds": rounds}
+    for name in options.parts.split(","):
+        found[name] = parts[name]()
+        print(name, json.dumps(found[name], indent=1), flush=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def scale() -> list[dict[str, float]]:
+    """Seconds and peak memory of runs of more and more questions, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "questions.jsonl"
+        save_questions(path, many_questions(max(COUNTS)))
+        command = [sys.executable, __file__, "--questions", str(path), "--count"]
+        found = []
+        for count in COUNTS:
+            done = subprocess.run(
+                [*command, str(count)], capture_output=True, text=True, check=True
+            )
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def one_run(path: Path, count: int) -> dict[str, float]:
+    """A run of one round of trials, its seconds and this process' peak memory in MiB."""
+    questions = load_questions(path)
+    config = ExperimentConfig(tuning=TuningConfig(search=SearchConfig(trials=5)))
+    model = load_model()
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        summary = run(model, questions[:count], config, out=folder, pool=questions).summary
+        seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "questions": count,
+        "rows": summary["engine"]["rows"]["lean"],
+        "seconds": round(seconds, 1),
+        "peak_mib": round(peak, 1),
+    }
+
+
+def many_questions(count: int) -> list[Question]:
+    """Questions that Atlas fails, from its world's generator."""
+    model = load_model()
+
+    def complete(prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
+        rows = [Row(tokenize(model, prompt)) for prompt in prompts]
+        written = generate(model, rows, GenerationConfig(max_new_tokens=max_new_tokens))
+        return [(completion.text, completion.ended) for completion in written]
+
+    return make_questions(count, 77, complete)
+
+
+def shapes() -> dict[str, Any]:
+    """The same run at other slot shapes: what differs, and how close the flipped tokens were."""
+    model = load_model()
+    questions = select_questions(load_questions(QUESTIONS), split="dev", limit=60)
+    by_shape = {}
+    for slots in (64, 16):
+        generation = GenerationConfig(slots=slots)
+        config = ExperimentConfig(tuning=TuningConfig(generation=generation))
+        by_shape[slots] = run(model, questions, config).records
+    pairs = list(zip(by_shape[64], by_shape[16], strict=True))
+    other = [
+        (one, two)
+        for one, two in pairs
+        if one.completion != two.completion or one.coeffs != two.coeffs
+    ]
+    return {
+        "records": len(pairs),
+        "different": len(other),
+        "margins_of_different": [[one.margin, two.margin] for one, two in other],
+    }
+
+
+def rounds() -> dict[str, Any]:
+    """Rounds of five trials against one by one at equal trial counts: paired best objectives."""
+    model = load_model()
+    questions = select_questions(load_questions(QUESTIONS), split="dev", limit=60)
+    gaps: list[float] = []
+    subjects: list[str] = []
+    for seed in range(5):
+        best = {}
+        for round_size in (5, 1):
+            search = SearchConfig(seed=seed, round_size=round_size)
+            config = ExperimentConfig(arms=TUNED[1:], tuning=TuningConfig(search=search))
+            best[round_size] = run(model, questions, config).records
+        gaps += [a.objective - b.objective for a, b in zip(best[5], best[1], strict=True)]
+        subjects += [record.subject for record in best[5]]
+    interval = cluster_bootstrap(gaps, subjects)
+    return {"seeds": 5, "questions": len(questions), **dataclasses.asdict(interval)}
+
+
+if __name__ == "__main__":
+    main()
