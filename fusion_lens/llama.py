@@ -76,10 +76,13 @@ class LlamaPass:
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
-    normed: Tensor = norm.weight * (wide * scale).to(x.dtype)
-    return normed
+    if x.dtype not in (torch.float32, torch.float64):
+        # the module's own order of roundings
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon)
+        rounded: Tensor = norm.weight * (wide * scale).to(x.dtype)
+        return rounded
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _add_linear(x: Tensor, inputs: Tensor, linear: Any) -> Tensor:

@@ -98,7 +98,10 @@ class Slots:
         prompts = [row.prompt for row in rows]
         index = torch.tensor(slots, device=self._token.device)
         read = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        # a pass also where there is nothing to read: it clears the slot
+        # an earlier row's NaN would spread: 0 * NaN is NaN, behind a mask too
+        unclean = [slot for slot in slots if not self.tape.finite[slot]]
+        if unclean:
+            self._passes.clear(unclean)
         width = padded_length(max(1, int(read.max())))
         tokens = torch.zeros((self.n_filled, width), dtype=torch.long)
         special = torch.zeros((self.n_filled, width), dtype=torch.bool)
@@ -169,24 +172,24 @@ class Slots:
 @dataclass(slots=True, eq=False)
 class _Place:
     """Where a pass writes its keys and values: all slots at their own position, or, in a filling
-    pass, the first columns of some slots; `kept` leaves the padding out."""
+    pass, the first columns of some slots; `dropped` is the padding there."""
 
     n_slots: int
     length: int
     device: torch.device
     position: Int[Tensor, " slot"] | None = None
     filled: Int[Tensor, " filled"] | None = None
-    kept: Bool[Tensor, "filled 1 pos 1"] | None = None
+    dropped: Bool[Tensor, "filled 1 pos 1"] | None = None
     _index: dict[int, Tensor] = field(default_factory=dict)
 
     def at(self, position: Int[Tensor, " slot"]) -> None:
-        self.filled, self.kept = None, None
+        self.filled, self.dropped = None, None
         self.position, self._index = position, {}
 
     def fill(self, slots: Sequence[int], read: Int[Tensor, " filled"], width: int) -> None:
         self.filled = torch.tensor(slots, device=self.device)
-        kept = torch.arange(width) < read[:, None]
-        self.kept = kept[:, None, :, None].to(self.device)
+        dropped = torch.arange(min(width, self.length)) >= read[:, None]
+        self.dropped = dropped[:, None, :, None].to(self.device)
 
     def index(self, groups: int) -> Int[Tensor, " entry"]:
         """Every slot's position in a flat "slot group pos", for each group."""
@@ -218,17 +221,13 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.keys is not None
         assert self.values is not None
         for store, new in ((self.keys, key_states), (self.values, value_states)):
-            filled, kept = self._place.filled, self._place.kept
-            if filled is None or kept is None:
+            filled, dropped = self._place.filled, self._place.dropped
+            if filled is None or dropped is None:
                 flat = new.reshape(-1, new.shape[-1])
                 store.view(-1, new.shape[-1]).index_copy_(0, self._place.index(new.shape[1]), flat)
             else:
-                # an earlier row's NaN would spread: 0 * NaN is NaN, behind a mask too
-                own = torch.where(kept, new[: len(filled)], torch.zeros_like(new[:1]))
-                store[filled] = torch.nn.functional.pad(
-                    own[:, :, : self._place.length],
-                    (0, 0, 0, max(0, self._place.length - own.shape[2])),
-                )
+                own = new[: len(filled), :, : self._place.length]
+                store[filled, :, : own.shape[2]] = own.masked_fill(dropped, 0)
         if self._place.filled is not None:
             return key_states, value_states
         return self.keys, self.values
@@ -260,6 +259,12 @@ class _Passes:
         # a padded position may lie beyond those a model has learnt
         within = positions.clamp(max=self.n_ctx - 1).expand(len(tokens), -1)
         self.lean.forward(tokens, within, mask, cache=self.cache, last=1)
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """Zero what earlier rows left in these slots."""
+        for layer in self.cache.layers:
+            layer.keys[slots] = 0
+            layer.values[slots] = 0
 
     def step(
         self, token: Int[Tensor, " slot"], position: Int[Tensor, " slot"]

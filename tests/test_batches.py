@@ -226,8 +226,7 @@ def test_recorded_means_do_not_change_by_a_bit_with_the_other_prompts(
     for one, other in zip(together, backwards, strict=True):
         assert torch.equal(one.mean, other.mean)
     for i in (0, 5, 13):
-        alone = record(tiny, [prompts[i], *prompts[: batch_size - 1]], **options)[0]
-        assert torch.equal(alone.mean, together[i].mean)
+        assert torch.equal(record(tiny, [prompts[i]], **options)[0].mean, together[i].mean)
     assert len({float(one.mean.sum()) for one in together}) > 5
 
 
@@ -243,8 +242,13 @@ def test_every_recording_pass_has_the_batch_size_that_was_asked_for(
 
     monkeypatch.setattr(HookPoints, "forward", watched)
     prompts = prompts_of(tiny)
-    record(tiny, prompts, batch_size=2, executor="hooks")
-    assert set(seen) == {2}
+    for batch_size in (2, 5):
+        seen.clear()
+        record(tiny, prompts, batch_size=batch_size, executor="hooks")
+        assert set(seen) == {batch_size}
+    seen.clear()
+    record(tiny, prompts, executor="hooks")
+    assert set(seen) == {3}
     seen.clear()
     texts = [
         (prompt, completion)
@@ -254,6 +258,9 @@ def test_every_recording_pass_has_the_batch_size_that_was_asked_for(
     ]
     completion_nll(tiny, texts, batch_size=5, executor="hooks")
     assert set(seen) == {5}
+    seen.clear()
+    completion_nll(tiny, texts * 7, executor="hooks")
+    assert set(seen) == {16}
 
 
 @pytest.mark.parametrize("executor", ["lean", "hooks"])

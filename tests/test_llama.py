@@ -105,10 +105,11 @@ def test_a_hook_that_changes_the_stream_in_place_changes_it(lean: Lean) -> None:
     assert (ours - passes(lean)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("name", "number"), [("llama", 4 * 4 + 4 * 3), ("qwen2", 4 * 3)])
+@pytest.mark.parametrize(("name", "number"), [("llama", 29), ("qwen2", 13)])
 def test_every_bias_counts(name: str, number: int, tmp_path: Path) -> None:
     lean = lean_of(load_model(save_family(name, tmp_path)))
     before = passes(lean)
+    # of every layer's linear maps, and of the bridge's unembedding
     biases = {
         name: parameter
         for name, parameter in lean.module.named_parameters()
@@ -132,9 +133,10 @@ def test_weights_in_bfloat16_agree_as_far_as_bfloat16_goes(lean: Lean) -> None:
     with by_the_module(half):
         theirs = passes(half)
     assert ours.dtype == theirs.dtype == torch.bfloat16
-    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
     in_float32 = passes(lean)
-    assert (ours - in_float32).abs().max() < 0.1 * in_float32.abs().max()
+    errors = [float((logits - in_float32).abs().mean()) for logits in (ours, theirs)]
+    assert errors[0] < 1.3 * errors[1]
+    assert errors[0] < 0.02 * in_float32.abs().max()
 
 
 def test_a_window_of_the_module_is_kept() -> None:
