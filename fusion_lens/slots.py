@@ -77,7 +77,7 @@ class Slots:
         assert config.slots is not None
         assert config.cache_length is not None
         self.n_slots = config.slots
-        self.n_filled = min(config.slots, max(_LEAST_FILLED, config.slots // 8))
+        self.n_filled = min(config.slots, max(_LEAST_FILLED, config.slots // 4))
         """Rows of one filling pass: many make it cheap, few keep slots from waiting for others."""
         n_layers, d_model = int(model.cfg.n_layers), int(model.cfg.d_model)
         device = lean.device

@@ -47,6 +47,7 @@ _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", _GPT2_SIZES),
+    "gpt2_short": ("GPT2Config", {**_GPT2_SIZES, "n_positions": 126}),
     "gpt_neox": ("GPTNeoXConfig", _SIZES),
     "gptj": ("GPTJConfig", {**_GPT2_SIZES, "rotary_dim": 8}),
     "opt": (

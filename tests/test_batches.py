@@ -182,6 +182,12 @@ def test_every_batch_has_all_its_rows_and_a_length_of_its_prompts_own(tiny: Hook
     assert places == [0, 2, 4, 5, 6, 7, 3, 1]
 
 
+def test_padding_leaves_room_for_the_completion_in_the_context(tiny: HookedModel) -> None:
+    rows = [Row(hand_prompt((1, *range(40, 40 + length)))) for length in (120, 124)]
+    _, shapes = run_watched(tiny, rows, slots=2)
+    assert [positions for _, _, positions in shapes] == [125, 126, 127]
+
+
 def test_without_a_cache_every_pass_is_the_whole_sequence(tiny: HookedModel) -> None:
     rows = [Row(hand_prompt((40, 41, 42), special=()))]
     _, shapes = run_watched(tiny, rows, slots=2, use_cache=False)

@@ -229,6 +229,14 @@ def test_a_sample_is_where_the_uniform_falls_in_the_cumulated_softmax() -> None:
         assert tape.step(logits).tolist() == [token], uniform
 
 
+def test_a_token_without_probability_is_never_drawn() -> None:
+    for uniform in (0.0, 0.5, 1.0 - 2**-53):
+        tape = tape_of(1, temperature=1.0)
+        tape.uniforms.fill_(uniform)
+        logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
+        assert tape.step(logits).tolist() == [1 if uniform < 0.5 else 2]
+
+
 def test_a_lower_temperature_sharpens_and_a_higher_one_flattens() -> None:
     logits = torch.tensor([[math.log(3.0), 0.0]])
     for temperature, share in ((1.0, 3 / 4), (0.5, 9 / 10), (2.0, 3**0.5 / (1 + 3**0.5))):

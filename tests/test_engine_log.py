@@ -72,6 +72,7 @@ def test_rows_are_halved_until_they_fit_and_stay_halved(kind: str) -> None:
 
     def attempt(n_rows: int) -> str:
         tried.append(n_rows)
+        assert len(tried) < 10
         if n_rows > 3:
             raise OUT_OF_MEMORY[kind]
         return f"{n_rows} rows"
@@ -88,6 +89,7 @@ def test_memory_that_does_not_suffice_for_one_row_is_the_callers_to_know() -> No
 
     def attempt(n_rows: int) -> None:
         tried.append(n_rows)
+        assert len(tried) < 10
         raise OUT_OF_MEMORY["device"]
 
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):

@@ -397,6 +397,17 @@ def test_a_module_that_computes_something_else_is_refused_with_the_reason(
     assert (logits_of(auto) - slow_logits(model, row, auto)).abs().max() < 1e-4
 
 
+@pytest.mark.xfail(strict=True, reason="once made, a lean module is compared by its tensors alone")
+def test_a_part_that_was_replaced_after_the_lean_module_was_made_acts(tiny_folder: Path) -> None:
+    model = load_model(tiny_folder)
+    row = Row(prompts_of(model)[0])
+    before = written(model, [row])[0]
+    with_another_activation(model)
+    after = written(model, [row])[0]
+    assert (logits_of(after) - logits_of(before)).abs().max() > 0.05
+    assert (logits_of(after) - slow_logits(model, row, after)).abs().max() < 1e-4
+
+
 def test_a_module_that_cannot_be_made_again_is_refused_with_what_it_raised(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
