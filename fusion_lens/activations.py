@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, SpanError
-from fusion_lens.executors import Executor, executor_of
+from fusion_lens.executors import MULTIPLE, Executor, executor_of
 from fusion_lens.models import (
     HookedModel,
     ModelIdentity,
@@ -80,7 +80,7 @@ def record(
 
     def pool(n_rows: int) -> None:
         left = [i for i in range(len(prompts)) if i not in pooled]
-        shapes = [padded_length(len(prompts[i].tokens)) for i in left]
+        shapes = [padded_length(len(prompts[i].tokens), run.multiple) for i in left]
         for batch in same_shape(shapes, lambda shape: n_rows):
             rows = [left[n] for n in batch]
             idle = [rows[0]] * (n_rows - len(rows))
@@ -122,7 +122,7 @@ def activations_from_cache(cache: Any, prompt: Prompt, *, row: int = 0) -> Activ
     return Activations(mean=mean, layout=prompt.layout, model=identity)
 
 
-def padded_length(length: int, multiple: int = 8) -> int:
+def padded_length(length: int, multiple: int = MULTIPLE) -> int:
     """The length that a text is padded to: it depends on nothing else, so that a row's numbers
     do not depend on its neighbours', and takes few values, so that batches are full."""
     return -(-length // multiple) * multiple
@@ -157,7 +157,7 @@ def same_shape(shapes: Sequence[Any], n_rows: Callable[[Any], int]) -> Iterator[
 def _pooled_pass(
     run: Executor, prompts: Sequence[Prompt], model: ModelIdentity
 ) -> Float[Tensor, "batch layer d_model"]:
-    width = padded_length(len(prompts[0].tokens))
+    width = padded_length(len(prompts[0].tokens), run.multiple)
     tokens, mask = left_padded([prompt.tokens for prompt in prompts], 0, run.device, width=width)
     weights = torch.zeros((len(prompts), width), dtype=torch.float64)
     for row, prompt in enumerate(prompts):

@@ -34,7 +34,9 @@ def write_in_batches(
 
     def kind(i: int) -> tuple[bool, int]:
         # a single sequence mean would take the cache from all its neighbours
-        return rows[i].needs_sequence, min(padded_length(len(rows[i].prompt.tokens)), room)
+        return rows[i].needs_sequence, min(
+            padded_length(len(rows[i].prompt.tokens), executor.multiple), room
+        )
 
     for (uncached, width), alike in groupby(sorted(range(len(rows)), key=kind), key=kind):
         places = list(alike)

@@ -31,6 +31,7 @@ from fusion_lens.models import (
     resid_post,
 )
 
+MULTIPLE = 8
 EXECUTORS = ("auto", "lean", "hooks")
 
 _CLOSE = {torch.float32: 1e-3, torch.float64: 1e-5}
@@ -46,6 +47,11 @@ class Executor(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def multiple(self) -> int:
+        """What lengths are padded to a multiple of."""
+        ...
 
     @contextmanager
     def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
@@ -80,6 +86,12 @@ class HookPoints:
         """Where the parameters are."""
         return next(iter(self.model.parameters())).device
 
+    @property
+    def multiple(self) -> int:
+        """Not padded in float64: Hugging Face's own softmax makes NaN of padding there."""
+        wide = next(iter(self.model.parameters())).dtype == torch.float64
+        return 1 if wide else MULTIPLE
+
     @contextmanager
     def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
         """See `Executor`."""
@@ -108,6 +120,7 @@ class LeanModule:
 
     lean: Lean
     name: str = "lean"
+    multiple: int = MULTIPLE
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +245,8 @@ def _agrees(lean: Lean, model: HookedModel) -> bool:
     """Whether a padded, steered pass and a cached step give the hook points' logits."""
     tokens = probe_tokens(model, lean.device)
     mask = torch.ones_like(tokens)
-    mask[0, :2] = 0
+    if lean.dtype != torch.float64:  # Hugging Face's own softmax makes NaN of padding there
+        mask[0, :2] = 0
     steering = probe_steering(int(model.cfg.n_layers))
     seen = []
     for executor in (HookPoints(model), LeanModule(lean)):

@@ -100,7 +100,7 @@ def completion_nll(
 
     def score(n_rows: int) -> None:
         left = [i for i in range(len(texts)) if i not in values]
-        shapes = [_shape(*texts[i]) for i in left]
+        shapes = [_shape(run, *texts[i]) for i in left]
 
         def affordable(shape: tuple[int, int]) -> int:
             return max(1, min(n_rows, _LOGITS_AT_ONCE // (shape[1] * int(model.cfg.d_vocab))))
@@ -118,16 +118,16 @@ def completion_nll(
     return [values[i] for i in range(len(texts))]
 
 
-def _shape(prompt: Prompt, completion: Completion) -> tuple[int, int]:
+def _shape(run: Executor, prompt: Prompt, completion: Completion) -> tuple[int, int]:
     """The padded length of a text, and of its end that logits are needed of."""
-    width = padded_length(len(prompt.tokens) + len(completion.tokens))
+    width = padded_length(len(prompt.tokens) + len(completion.tokens), run.multiple)
     return width, min(width - 1, padded_length(len(completion.tokens), _KEPT))
 
 
 def _batch_nll(
     run: Executor, texts: Sequence[tuple[Prompt, Completion]]
 ) -> Float[Tensor, " batch"]:
-    width, kept = _shape(*texts[0])
+    width, kept = _shape(run, *texts[0])
     tokens, mask = left_padded(
         [prompt.tokens + completion.tokens for prompt, completion in texts],
         0,

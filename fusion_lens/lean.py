@@ -36,12 +36,14 @@ _ATTENDED = "_attends_in_fusion_lens"
 @dataclass(slots=True, eq=False)
 class Lean:
     """The shared module. `masks` names the kinds of attention mask it takes, with their windows
-    (None: no window); a module with one kind takes it bare. `written_out` computes the same with
+    (None: no window); a module with one kind takes it bare. `parts` are the ids of the modules of
+    the model it was made of. `written_out` computes the same with
     fewer operations, for some families. `slots_fit` remembers whether the module runs on a slot
     cache; None: not tried."""
 
     module: torch.nn.Module
     masks: Mapping[str, int | None]
+    parts: tuple[int, ...] = ()
     written_out: LlamaPass | None = None
     slots_fit: bool | None = None
     _at: Mapping[int, AtBlock] = field(default_factory=dict)
@@ -129,7 +131,7 @@ def share(model: HookedModel) -> Lean:
         raise UnfitModelError(f"the bridge does not hold its tensor {missing[0]}")
     config._attn_implementation = _register_attention()
     module.train(False)
-    lean = Lean(module, _masks(config))
+    lean = Lean(module, _masks(config), _parts(model))
     blocks = module.get_submodule(model.adapter.component_mapping["blocks"].name)  # type: ignore[attr-defined]
     if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
         raise UnfitModelError("its blocks are not one list of modules")
@@ -139,7 +141,10 @@ def share(model: HookedModel) -> Lean:
 
 
 def shares(lean: Lean, model: HookedModel) -> bool:
-    """Whether the module still holds the model's own tensors, and all of them."""
+    """Whether the module still holds the model's own tensors, all of them, and no part of the
+    model has been replaced."""
+    if lean.parts != _parts(model):
+        return False
     tensors = _tensors(model.original_model, lean.module)  # type: ignore[attr-defined]
     return all(store[leaf] is tensor for store, leaf, tensor in tensors)
 
@@ -191,6 +196,10 @@ def _tensors(
                     yield store, leaf, tensor
 
 
+def _parts(model: HookedModel) -> tuple[int, ...]:
+    return tuple(id(module) for module in model.modules())
+
+
 def _named(module: torch.nn.Module) -> dict[str, Tensor]:
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -199,6 +208,16 @@ def _named(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _masks(config: Any) -> dict[str, int | None]:
+    """Kinds of mask and their windows.
+
+    Raises:
+        UnfitModelError: if a position's numbers depend on more than the positions before it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        raise UnfitModelError("its rotary frequencies depend on the longest text of a batch")
+    if getattr(config, "attention_chunk_size", None):
+        raise UnfitModelError("its attention works in chunks")
     window = getattr(config, "sliding_window", None)
     kinds = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     if not kinds:

@@ -108,7 +108,11 @@ class Slots:
         for n, prompt in enumerate(prompts):
             tokens[n, : read[n]] = torch.tensor(prompt.tokens[:-1])
             special[n, [t for t in prompt.special if t < read[n]]] = True
-        with self._lean.at_blocks(self._steer_prompts(rows, special)):
+        padding = (
+            torch.arange(width)
+            >= torch.nn.functional.pad(read, (0, self.n_filled - len(rows)), value=width)[:, None]
+        )
+        with self._lean.at_blocks(self._steer_prompts(rows, special, padding)):
             self._passes.fill(slots, tokens.to(index.device), read)
         self._token[index] = torch.tensor([p.tokens[-1] for p in prompts], device=index.device)
         self._position[index] = read.to(index.device)
@@ -144,7 +148,10 @@ class Slots:
                     self._later[slot] = ordinary.to(self._shift.device)
 
     def _steer_prompts(
-        self, rows: Sequence[Row], special: Bool[Tensor, "row pos"]
+        self,
+        rows: Sequence[Row],
+        special: Bool[Tensor, "row pos"],
+        padding: Bool[Tensor, "row pos"],
     ) -> dict[int, AtBlock]:
         if all(row.plan is None for row in rows):
             return {}
@@ -157,11 +164,12 @@ class Slots:
             )
             for kind in (False, True)
         }
-        is_special = special[..., None].to(device)
+        is_special, is_padding = special[..., None].to(device), padding[..., None].to(device)
 
         def add(layer: int, resid: Tensor) -> None:
             ordinary, other = by_kind[False][:, layer, None], by_kind[True][:, layer, None]
-            resid.add_(torch.where(is_special, other, ordinary))
+            # padding that overflows would spread to its row: 0 * NaN is NaN, behind a mask too
+            resid.add_(torch.where(is_special, other, ordinary).masked_fill_(is_padding, 0))
 
         return {layer: partial(add, layer) for layer in range(self._shift.shape[1])}
 

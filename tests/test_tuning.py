@@ -15,6 +15,7 @@ from fusion_lens.errors import (
     SpanError,
 )
 from fusion_lens.generation import Completion, GenerationConfig, Row, generate
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Segment
 from fusion_lens.questions import Question
 from fusion_lens.search import SearchConfig
@@ -101,14 +102,25 @@ def test_two_questions_of_one_id_are_refused(tiny) -> None:
         prepare(tiny, [ASKED, dataclasses.replace(OTHER, id="red")], QUICK)
 
 
-def test_questions_of_one_id_prepared_apart_are_scored_apart(tiny) -> None:
+def test_questions_of_one_id_prepared_apart_are_scored_apart(tiny, monkeypatch) -> None:
     one = prepare_one(tiny, ASKED, QUICK)
     other = prepare_one(tiny, dataclasses.replace(ASKED, answer="Tom"), QUICK)
     completion = Completion("Ada Lovelace", (40, 41), ended=False)
     score = Scorer(tiny, QUICK)
     first, second = score([one, other], [completion, completion])
     assert (first.overlap, second.overlap) == (1.0, 0.0)
-    assert score([one], [completion])[0] is first
+    scored: list[int] = []
+    real = tuning.completion_nll
+
+    def counting(model: HookedModel, texts: list[object], **options: object) -> list[float | None]:
+        scored.append(len(texts))
+        return real(model, texts, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "completion_nll", counting)
+    again = Completion("Ada Lovelace", (40, 41), ended=False, margin=0.5)
+    (third,) = score([one], [again])
+    assert scored == [0]
+    assert (third, third.completion.margin) == (first, 0.5)
 
 
 def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder) -> None:
