@@ -37,11 +37,12 @@ class EngineLog:
             try:
                 return attempt(affordable)
             except RuntimeError as error:
-                if affordable == 1 or not _out_of_memory(error):
+                if affordable == 1 or not out_of_memory(error):
                     raise
                 self.halvings += 1
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is PyTorch's way to say so, on a device or on a CPU."""
     # the CPU allocator has no exception of its own
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

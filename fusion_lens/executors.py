@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fusion_lens.engine_log import out_of_memory
 from fusion_lens.errors import UnfitModelError, one_of
 from fusion_lens.lean import AtBlock, Lean, attention_masks, model_type, share, shares
 from fusion_lens.llama import MODEL_TYPES, LlamaPass
@@ -201,6 +202,8 @@ def lean_of(model: HookedModel) -> Lean:
         _KNOWN[model] = error.reason
         raise
     except Exception as error:  # a module of any architecture raises what it likes
+        if out_of_memory(error):  # says nothing of the module: the next call may find more
+            raise
         said = (str(error).splitlines() or ["nothing more"])[0]
         reason = f"its module gave {type(error).__name__}: {said}"
         _KNOWN[model] = reason

@@ -36,14 +36,14 @@ _ATTENDED = "_attends_in_fusion_lens"
 @dataclass(slots=True, eq=False)
 class Lean:
     """The shared module. `masks` names the kinds of attention mask it takes, with their windows
-    (None: no window); a module with one kind takes it bare. `parts` are the ids of the modules of
-    the model it was made of. `written_out` computes the same with
+    (None: no window); a module with one kind takes it bare. `parts` are ids and types of the
+    modules of the model it was made of. `written_out` computes the same with
     fewer operations, for some families. `slots_fit` remembers whether the module runs on a slot
     cache; None: not tried."""
 
     module: torch.nn.Module
     masks: Mapping[str, int | None]
-    parts: tuple[int, ...] = ()
+    parts: tuple[tuple[int, type], ...] = ()
     written_out: LlamaPass | None = None
     slots_fit: bool | None = None
     _at: Mapping[int, AtBlock] = field(default_factory=dict)
@@ -196,8 +196,8 @@ def _tensors(
                     yield store, leaf, tensor
 
 
-def _parts(model: HookedModel) -> tuple[int, ...]:
-    return tuple(id(module) for module in model.modules())
+def _parts(model: HookedModel) -> tuple[tuple[int, type], ...]:
+    return tuple((id(module), type(module)) for module in model.modules())
 
 
 def _named(module: torch.nn.Module) -> dict[str, Tensor]:

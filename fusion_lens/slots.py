@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fusion_lens.activations import padded_length
 from fusion_lens.decoding import Completion, GenerationConfig, Row, Tape
+from fusion_lens.engine_log import out_of_memory
 from fusion_lens.executors import LeanModule, close, probe_steering, probe_tokens
 from fusion_lens.lean import AtBlock, Lean, all_attend, attention_masks
 from fusion_lens.models import HookedModel, KeyValues, decode, stop_tokens
@@ -65,7 +66,9 @@ def slots_fit(model: HookedModel, lean: Lean) -> bool:
     if lean.slots_fit is None:
         try:
             lean.slots_fit = _try_slots(model, lean) and all_attend(lean, int(model.cfg.n_layers))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             lean.slots_fit = False
     return lean.slots_fit
 

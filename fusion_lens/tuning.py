@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from fusion_lens.activations import record
+from fusion_lens.activations import padded_length, record
 from fusion_lens.decoding import Completion, GenerationConfig, Row
 from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.engine_log import EngineLog
@@ -155,7 +155,8 @@ def with_engine_shape(
     """
     settings = config.generation
     steered = [question_prompt(model, q.question, config.template) for q in questions]
-    shaped = with_shape(model, steered, settings, n_rows=n_rows)
+    # a multiple of 8, idle slots among them: vectorised functions round odd tails differently
+    shaped = with_shape(model, steered, settings, n_rows=padded_length(n_rows))
     if config.explanation_tokens and settings.cache_length is None:
         explained = [
             explanation_prompt(model, q.question, q.answer, config.template)

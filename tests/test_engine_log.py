@@ -141,7 +141,6 @@ def test_generation_halves_its_slots_and_writes_the_same(
     assert seen[0] > 3
 
 
-@pytest.mark.xfail(strict=True, reason="any exception of the probes is remembered as an answer")
 def test_memory_that_ran_out_while_the_lean_module_was_tried_is_no_answer_for_ever(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
