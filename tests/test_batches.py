@@ -135,6 +135,7 @@ class Watched:
     points: HookPoints
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     name: str = "watched"
+    multiple: int = 8
 
     @property
     def device(self) -> torch.device:

@@ -212,7 +212,7 @@ def test_records_that_are_not_text_are_told_apart_from_the_summary(tmp_path: Pat
 def test_a_damaged_file_raises_nothing_but_the_packages_errors(
     tmp_path_factory: pytest.TempPathFactory, name: str, place: float, change: bytes | None
 ) -> None:
-    folder = saved(tmp_path_factory.getbasetemp() / "damaged")
+    folder = saved(tmp_path_factory.mktemp("damaged"))
     path = folder / name
     whole = path.read_bytes()
     at = int(place * len(whole))
