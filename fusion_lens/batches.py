@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import groupby
 
 import torch
 
-from fusion_lens.activations import left_padded, padded_length
+from fusion_lens.activations import left_padded, padded_length, same_shape
 from fusion_lens.decoding import Completion, GenerationConfig, Row, Tape
 from fusion_lens.executors import Executor
 from fusion_lens.hooks import Cursor, batch_steering
@@ -28,23 +27,21 @@ def write_in_batches(
 
     `config.slots` must be a number: the rows of a batch.
     """
-    assert config.slots is not None
-
+    slots = config.slots
+    assert slots is not None
     room = int(model.cfg.n_ctx) - config.max_new_tokens
 
-    def kind(i: int) -> tuple[bool, int]:
+    def kind(row: Row) -> tuple[bool, int]:
         # a single sequence mean would take the cache from all its neighbours
-        return rows[i].needs_sequence, min(
-            padded_length(len(rows[i].prompt.tokens), executor.multiple), room
-        )
+        length = padded_length(len(row.prompt.tokens), executor.multiple)
+        return row.needs_sequence, min(length, room)
 
-    for (uncached, width), alike in groupby(sorted(range(len(rows)), key=kind), key=kind):
-        places = list(alike)
-        for start in range(0, len(places), config.slots):
-            batch = places[start : start + config.slots]
-            cache = KeyValues() if config.use_cache and not uncached else None
-            written = _write(model, executor, [rows[i] for i in batch], config, cache, width)
-            yield from zip(batch, written, strict=True)
+    kinds = [kind(row) for row in rows]
+    for batch in same_shape(kinds, lambda _: slots):
+        uncached, width = kinds[batch[0]]
+        cache = KeyValues() if config.use_cache and not uncached else None
+        written = _write(model, executor, [rows[i] for i in batch], config, cache, width)
+        yield from zip(batch, written, strict=True)
 
 
 def _write(
@@ -56,14 +53,12 @@ def _write(
     width: int,
 ) -> list[Completion]:
     assert config.slots is not None
-    device = next(iter(model.parameters())).device
-    idle = [Row(rows[0].prompt)] * (config.slots - len(rows))
-    layouts = [row.prompt.layout for row in (*rows, *idle)]
-    tokens, mask = left_padded([r.prompt.tokens for r in (*rows, *idle)], 0, device, width=width)
-    tape = Tape.blank(config.slots, config, stop_tokens(model), device)
+    full = [*rows, *[Row(rows[0].prompt)] * (config.slots - len(rows))]
+    tokens, mask = left_padded([row.prompt.tokens for row in full], 0, executor.device, width=width)
+    tape = Tape.blank(config.slots, config, stop_tokens(model), executor.device)
     tape.start(range(len(rows)), rows)
     cursor = Cursor(0, width)
-    plans = [*(row.plan for row in rows), *(row.plan for row in idle)]
+    plans, layouts = [row.plan for row in full], [row.prompt.layout for row in full]
     with executor.at_blocks(batch_steering(plans, layouts, cursor)):
         for step in range(config.max_new_tokens):
             cursor.offset = tokens.shape[1] - 1 if cache is not None and step else 0

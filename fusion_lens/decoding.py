@@ -48,8 +48,8 @@ class GenerationConfig:
     (docs/engine.md).
 
     `stop_at_eos=False` writes `max_new_tokens` whatever comes. `executor` is "lean", "hooks" (the
-    reference), or "auto": lean where the model allows it.
-    `keep_logits` keeps every step's logits on the completion.
+    reference), or "auto": lean where the model allows it. `keep_logits` keeps every step's logits
+    on the completion.
     """
 
     max_new_tokens: int = 48
@@ -151,9 +151,10 @@ class Tape:
         # a masked vocabulary may hold -inf; its maximum is finite all the same
         self.finite &= ~self.going | torch.isfinite(best[:, 0])
         self.going &= self.finite
-        gap = best - logits.scatter(1, greedy, -torch.inf).amax(dim=-1, keepdim=True)
         self.written.scatter_(1, column, chosen)
-        self.margins.scatter_(1, column, gap.to(self.margins.dtype))
+        if self.temperature == 0.0:
+            gap = best - logits.scatter(1, greedy, -torch.inf).amax(dim=-1, keepdim=True)
+            self.margins.scatter_(1, column, gap.to(self.margins.dtype))
         self.count += self.going
         self.going &= ~torch.isin(chosen[:, 0], self.stops)
         self.going &= self.count < self.written.shape[1] - 1
@@ -170,7 +171,7 @@ class Tape:
             tokens=tuple(tokens),
             ended=ended,
             finite=bool(self.finite[row]),
-            margin=None if self.temperature > 0.0 or margin == torch.inf else margin,
+            margin=None if margin == torch.inf else margin,
             logits=None if self.logits is None else self.logits[row, :count].to("cpu", copy=True),
         )
 

@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ class EngineLog:
 
     def to_dict(self) -> dict[str, Any]:
         """For a summary."""
-        return {"rows": dict(self.rows), "reasons": list(self.reasons), "halvings": self.halvings}
+        return asdict(self)
 
     def fell_back(self, reason: str | None) -> None:
         """Note why hook points are used, once; None: they are not, or were asked for."""

@@ -9,7 +9,7 @@ the hook points can run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -54,8 +54,7 @@ class Executor(Protocol):
         """What lengths are padded to a multiple of."""
         ...
 
-    @contextmanager
-    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> AbstractContextManager[None]:
         """Inside, `at[l]` is called with the residual stream after block `l`."""
         ...
 
@@ -93,15 +92,13 @@ class HookPoints:
         wide = next(iter(self.model.parameters())).dtype == torch.float64
         return 1 if wide else MULTIPLE
 
-    @contextmanager
-    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> AbstractContextManager[None]:
         """See `Executor`."""
 
         def hook(act: AtBlock) -> Any:
             return lambda resid, hook: act(resid)
 
-        with hooked(self.model, [(resid_post(layer), hook(act)) for layer, act in at.items()]):
-            yield
+        return hooked(self.model, [(resid_post(layer), hook(act)) for layer, act in at.items()])
 
     def forward(
         self,
@@ -128,11 +125,9 @@ class LeanModule:
         """Where the parameters are."""
         return self.lean.device
 
-    @contextmanager
-    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> AbstractContextManager[None]:
         """See `Executor`."""
-        with self.lean.at_blocks(at):
-            yield
+        return self.lean.at_blocks(at)
 
     def forward(
         self,

@@ -121,13 +121,10 @@ def run(
     if config.storage is not None:
         tuned_arms = [arm for arm in config.arms if arm in segments]
         check_storage(config.storage, [f"{name}/{arm}" for name in ids for arm in tuned_arms])
+    pool = pool or questions
     per_question = config.tuning.search.round_size * sum(arm in segments for arm in config.arms)
-    shaped = with_engine_shape(
-        model,
-        pool or questions,
-        config.tuning,
-        n_rows=max(1, per_question) * len(pool or questions),
-    )
+    n_rows = max(1, per_question) * len(pool)
+    shaped = with_engine_shape(model, pool, config.tuning, n_rows=n_rows)
     config = replace(config, tuning=shaped)
     log = EngineLog()
     folder = None if out is None else open_run_folder(out)

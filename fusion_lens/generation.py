@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from fusion_lens.activations import padded_length
 from fusion_lens.batches import write_in_batches
 from fusion_lens.decoding import Completion as Completion
 from fusion_lens.decoding import GenerationConfig as GenerationConfig
@@ -80,7 +81,7 @@ def with_shape(
     n_ctx = int(model.cfg.n_ctx)
     lengths = [len(prompt.tokens) + config.max_new_tokens for prompt in prompts]
     longest = max((length for length in lengths if length <= n_ctx), default=n_ctx)
-    cache_length = config.cache_length or -(-longest // 8) * 8
+    cache_length = config.cache_length or padded_length(longest)
     slots = config.slots
     if slots is None:
         device = next(iter(model.parameters())).device

@@ -37,9 +37,9 @@ _ATTENDED = "_attends_in_fusion_lens"
 class Lean:
     """The shared module. `masks` names the kinds of attention mask it takes, with their windows
     (None: no window); a module with one kind takes it bare. `parts` are ids and types of the
-    modules of the model it was made of. `written_out` computes the same with
-    fewer operations, for some families. `slots_fit` remembers whether the module runs on a slot
-    cache; None: not tried."""
+    modules of the model it was made of. `written_out` computes the same with fewer operations, for
+    some families. `slots_fit` remembers whether the module runs on a slot cache; None: not
+    tried."""
 
     module: torch.nn.Module
     masks: Mapping[str, int | None]
@@ -245,8 +245,8 @@ def attention(
 ) -> tuple[Float[Tensor, "batch new head d_value"], None]:
     """softmax(scaling * q.k + mask) v with batched matrix products, in float32 at least.
 
-    One query a row is the common case here, and there PyTorch's fused kernel takes two to five
-    times as long on a CPU. Heads of one key group are one product.
+    One query a row is the common case here, and there PyTorch's fused kernel takes 1.6 to 5 times
+    as long on a CPU (docs/negative_results.md). Heads of one key group are one product.
     """
     unknown = [name for name in ("position_bias", "s_aux") if options.get(name) is not None]
     if unknown:

@@ -102,7 +102,8 @@ class Slots:
         index = torch.tensor(slots, device=self._token.device)
         read = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
         # an earlier row's NaN would spread: 0 * NaN is NaN, behind a mask too
-        unclean = [slot for slot in slots if not self.tape.finite[slot]]
+        finite = self.tape.finite.tolist()
+        unclean = [slot for slot in slots if not finite[slot]]
         if unclean:
             self._passes.clear(unclean)
         width = padded_length(max(1, int(read.max())))
@@ -158,8 +159,7 @@ class Slots:
     ) -> dict[int, AtBlock]:
         if all(row.plan is None for row in rows):
             return {}
-        idle = [None] * (self.n_filled - len(rows))
-        plans = [*(row.plan for row in rows), *idle]
+        plans = [*(row.plan for row in rows), *[None] * (self.n_filled - len(rows))]
         device = self._shift.device
         by_kind = {
             kind: torch.stack([self._shift_of(plan, "prompt", special=kind) for plan in plans]).to(

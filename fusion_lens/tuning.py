@@ -163,11 +163,10 @@ def with_engine_shape(
             for q in questions
             if q.explanation is None
         ]
-        longer = with_shape(
-            model, explained, replace(settings, max_new_tokens=config.explanation_tokens)
-        )
-        lengths = [c.cache_length or 0 for c in (shaped, longer)]
-        shaped = replace(shaped, cache_length=max(lengths if explained else lengths[:1]))
+        if explained:
+            writing = replace(settings, max_new_tokens=config.explanation_tokens)
+            lengths = [c.cache_length or 0 for c in (shaped, with_shape(model, explained, writing))]
+            shaped = replace(shaped, cache_length=max(lengths))
     return replace(config, generation=shaped)
 
 
