@@ -30,8 +30,8 @@ from fusion_lens.atlas import CHECKPOINT, QUESTIONS
 from fusion_lens.deltas import make_deltas
 from fusion_lens.executors import LeanModule, lean_of
 from fusion_lens.generation import GenerationConfig, Row, generate
-from fusion_lens.graders import completion_nll
 from fusion_lens.hooks import fwd_hooks
+from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import evaluating
 from fusion_lens.plans import make_plan, thirds
 from fusion_lens.plots import Figure, write_figures

@@ -24,7 +24,7 @@ from fusion_lens.executors import LeanModule, executor_of
 from fusion_lens.models import HookedModel, evaluating, identify
 from fusion_lens.prompts import Prompt
 
-MOST_SLOTS = {"cpu": 64, "cuda": 256}
+MOST_SLOTS = {"cpu": 256, "cuda": 256}
 
 
 def generate(

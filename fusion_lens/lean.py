@@ -37,13 +37,14 @@ _ATTENDED = "_attends_in_fusion_lens"
 class Lean:
     """The shared module. `masks` names the kinds of attention mask it takes, with their windows
     (None: no window); a module with one kind takes it bare. `parts` are ids and types of the
-    modules of the model it was made of. `written_out` computes the same with fewer operations, for
-    some families. `slots_fit` remembers whether the module runs on a slot cache; None: not
-    tried."""
+    modules of the model it was made of, `shared` the places of its tensors there and here.
+    `written_out` computes the same with fewer operations, for some families. `slots_fit` remembers
+    whether the module runs on a slot cache; None: not tried."""
 
     module: torch.nn.Module
     masks: Mapping[str, int | None]
     parts: tuple[tuple[int, type], ...] = ()
+    shared: tuple[_Shared, ...] = ()
     written_out: LlamaPass | None = None
     slots_fit: bool | None = None
     _at: Mapping[int, AtBlock] = field(default_factory=dict)
@@ -124,14 +125,15 @@ def share(model: HookedModel) -> Lean:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         module = type(original)(config)
-    for store, leaf, tensor in _tensors(original, module):
-        store[leaf] = tensor
+    shared = tuple(_shared(original, module))
+    for place in shared:
+        place.lean[place.leaf] = place.model[place.leaf]
     missing = [name for name, tensor in _named(module).items() if tensor.is_meta]
     if missing:
         raise UnfitModelError(f"the bridge does not hold its tensor {missing[0]}")
     config._attn_implementation = _register_attention()
     module.train(False)
-    lean = Lean(module, _masks(config), _parts(model))
+    lean = Lean(module, _masks(config), _parts(model), shared)
     blocks = module.get_submodule(model.adapter.component_mapping["blocks"].name)  # type: ignore[attr-defined]
     if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
         raise UnfitModelError("its blocks are not one list of modules")
@@ -143,10 +145,9 @@ def share(model: HookedModel) -> Lean:
 def shares(lean: Lean, model: HookedModel) -> bool:
     """Whether the module still holds the model's own tensors, all of them, and no part of the
     model has been replaced."""
-    if lean.parts != _parts(model):
-        return False
-    tensors = _tensors(model.original_model, lean.module)  # type: ignore[attr-defined]
-    return all(store[leaf] is tensor for store, leaf, tensor in tensors)
+    return lean.parts == _parts(model) and all(
+        place.lean[place.leaf] is place.model.get(place.leaf) for place in lean.shared
+    )
 
 
 def model_type(lean: Lean) -> str:
@@ -179,21 +180,33 @@ def attention_masks(
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _tensors(
-    original: torch.nn.Module, module: torch.nn.Module
-) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """Where in `module` each tensor of the bridge's own belongs: (store, name in it, tensor).
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Where one tensor is registered: a module's parameters or buffers, in the model and in the
+    lean module."""
+
+    model: dict[str, Tensor | None]
+    lean: dict[str, Tensor | None]
+    leaf: str
+
+
+def _shared(original: torch.nn.Module, module: torch.nn.Module) -> Iterator[_Shared]:
+    """Where in `module` each tensor of the bridge's own belongs.
 
     A bridge may have tensors where the architecture has none, such as the bias of an unembedding:
     they belong where the module has room for them.
     """
     modules = dict(module.named_modules())
-    for name, tensor in _named(original).items():
-        parent, _, leaf = name.replace("_original_component.", "").rpartition(".")
-        if parent in modules:
-            for store in (modules[parent]._parameters, modules[parent]._buffers):
-                if leaf in store:
-                    yield store, leaf, tensor
+    for name, owner in original.named_modules(remove_duplicate=False):
+        parent = modules.get(name.replace("_original_component", "").replace("..", ".").strip("."))
+        if parent is not None:
+            for mine in (owner._parameters, owner._buffers):
+                for store in (parent._parameters, parent._buffers):
+                    yield from (
+                        _Shared(mine, store, leaf)
+                        for leaf, tensor in mine.items()
+                        if tensor is not None and leaf in store
+                    )
 
 
 def _parts(model: HookedModel) -> tuple[tuple[int, type], ...]:

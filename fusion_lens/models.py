@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -156,11 +157,7 @@ def identify(model: HookedModel) -> ModelIdentity:
             "the model must offer TransformerLens hook points, "
             f"but got {type(model).__name__}; open it with load_model."
         )
-    weights = hashlib.sha256()
-    for parameter in model.parameters():
-        _hash_into(weights, parameter)
-    embedding = hashlib.sha256()
-    _hash_into(embedding, model.W_E)  # type: ignore[attr-defined]
+    weights, embedding = _digests(model)
     return ModelIdentity(
         name=str(model.cfg.model_name),
         wrapper=type(model).__name__,
@@ -168,8 +165,8 @@ def identify(model: HookedModel) -> ModelIdentity:
         n_layers=int(model.cfg.n_layers),
         d_model=int(model.cfg.d_model),
         dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
-        weights=weights.hexdigest(),
-        embedding=embedding.hexdigest(),
+        weights=weights,
+        embedding=embedding,
     )
 
 
@@ -321,8 +318,35 @@ def _processing(model: Any) -> str:
     return "processed" if getattr(model, "_weights_processed", False) else "unprocessed"
 
 
+def _digests(model: Any) -> tuple[str, str]:
+    """Of all weights and of the embedding; hashed again only after a parameter has changed."""
+    parameters = list(model.parameters())
+    samples = [_sampled(parameter) for parameter in parameters]
+    sums = [sample.view(_BITS[sample.element_size()]).sum() for sample in samples]
+    state = (
+        *((parameter.data_ptr(), parameter._version) for parameter in parameters),
+        *torch.stack(sums).tolist(),
+    )
+    known = _DIGESTS.get(model)
+    if known is None or known[0] != state:
+        weights, embedding = hashlib.sha256(), hashlib.sha256()
+        for parameter in parameters:
+            _hash_into(weights, parameter)
+        _hash_into(embedding, model.W_E)
+        known = _DIGESTS[model] = state, (weights.hexdigest(), embedding.hexdigest())
+    return known[1]
+
+
 def _hash_into(digest: Any, parameter: Tensor) -> None:
-    flat = parameter.detach().reshape(-1)
-    flat = flat[:: max(1, flat.numel() // _HASHED_ELEMENTS)]
+    sample = _sampled(parameter).to("cpu", torch.bfloat16).contiguous()
     digest.update(str(tuple(parameter.shape)).encode())
-    digest.update(flat.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(sample.view(torch.uint8).numpy().tobytes())
+
+
+def _sampled(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _HASHED_ELEMENTS)]
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DIGESTS: WeakKeyDictionary[Any, tuple[tuple[Any, ...], tuple[str, str]]] = WeakKeyDictionary()

@@ -25,7 +25,8 @@ from fusion_lens.errors import (
     one_of,
 )
 from fusion_lens.generation import check_context, generate, with_shape
-from fusion_lens.graders import Graded, completion_nll, grade
+from fusion_lens.graders import Graded, grade
+from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import (
     MEANS,

@@ -17,8 +17,8 @@ from fusion_lens.batches import write_in_batches
 from fusion_lens.decoding import Row
 from fusion_lens.executors import HookPoints
 from fusion_lens.generation import GenerationConfig
-from fusion_lens.graders import completion_nll
 from fusion_lens.lean import AtBlock
+from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel, KeyValues, evaluating, load_model
 from fusion_lens.plans import Plan, make_plan
 

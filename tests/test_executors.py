@@ -35,7 +35,7 @@ from fusion_lens.executors import (
     probe_tokens,
 )
 from fusion_lens.generation import GenerationConfig, Row, generate
-from fusion_lens.graders import completion_nll
+from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel, KeyValues, evaluating, load_model, resid_post
 from fusion_lens.plans import Plan, full, make_plan, per_layer
 from fusion_lens.slots import slots_fit

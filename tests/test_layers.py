@@ -22,7 +22,7 @@ LAYERS = (
     {"plans"},
     {"plan_files", "hooks", "decoding"},
     {"slots", "batches", "search"},
-    {"generation", "graders"},
+    {"generation", "graders", "likelihood"},
     {"tuning", "results", "statistics"},
     {"experiment", "plots", "report"},
     {"cli"},
