@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 NEW = 24
 ROWS = (1, 8, 64, 256)
 REPEATS = {"atlas": 9, "gpt2-small-size": 3}
+TRIALS = 8
 ONE_BY_ONE = 4
 ALONE = ("authors", "hooks_one_by_one")
 SHOWN = {
@@ -86,7 +87,7 @@ def main() -> None:
     for name in options.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             bench = open_bench(name, Path(folder), max(rows))
-            lines += measure(bench, rows)
+            lines += measure(bench, rows, REPEATS[name])
             if name == "atlas":
                 details |= {"capture": capture(bench), "plans": plans(bench), "run": share_of_run()}
     options.out.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def open_bench(name: str, folder: Path, n_rows: int) -> Bench:
-    """A bench with as many rows, each with a plan of its own."""
+    """A bench with as many rows, each with a plan of its own, eight of a question."""
     path = CHECKPOINT
     if name != "atlas":
         torch.manual_seed(0)
@@ -107,7 +108,7 @@ def open_bench(name: str, folder: Path, n_rows: int) -> Bench:
         path = folder
     model = load_model(path)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    questions = load_questions(QUESTIONS)[:n_rows]
+    questions = load_questions(QUESTIONS)[: -(-n_rows // TRIALS)]
     prompts = [question_prompt(model, q.question) for q in questions]
     references = [reference_prompt(model, q.question, q.answer, "") for q in questions]
     deltas = [
@@ -117,13 +118,13 @@ def open_bench(name: str, folder: Path, n_rows: int) -> Bench:
     coeffs = torch.rand(n_rows, 3, generator=torch.Generator().manual_seed(0)).tolist()
     segments = thirds(int(model.cfg.n_layers))
     rows = [
-        Row(prompts[i % len(prompts)], make_plan(deltas[i % len(prompts)], coeffs[i], segments))
+        Row(prompts[i // TRIALS], make_plan(deltas[i // TRIALS], coeffs[i], segments))
         for i in range(n_rows)
     ]
     return Bench(name, model, plain, rows)
 
 
-def measure(bench: Bench, row_counts: Sequence[int]) -> list[dict[str, Any]]:
+def measure(bench: Bench, row_counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """Lines of `engine.json` for one model."""
     lines = []
     works: dict[tuple[int, str], Callable[[], None]] = {}
@@ -144,11 +145,11 @@ def measure(bench: Bench, row_counts: Sequence[int]) -> list[dict[str, Any]]:
         engine(bench, rows)
         with products:
             engine(bench, rows)
-    few = bench.rows[:ONE_BY_ONE]
+    few = bench.rows[:: -(-len(bench.rows) // ONE_BY_ONE)]
     works[1, "authors"] = lambda: authors(bench, few)
     works[1, "hooks_one_by_one"] = lambda: hooks_one_by_one(bench, few)
-    for (n, variant), seconds in interleaved(works, REPEATS[bench.name]).items():
-        trials = ONE_BY_ONE if variant in ALONE else n
+    for (n, variant), seconds in interleaved(works, repeats).items():
+        trials = len(few) if variant in ALONE else n
         rate = trials / seconds
         lines.append(
             {"model": bench.name, "rows": n, "variant": variant, "trials_per_second": rate}
@@ -187,8 +188,8 @@ def plans(bench: Bench, repeats: int = 15) -> dict[str, float]:
     return {"rows": len(bench.rows), "seconds_many_over_one": spent["many"] / spent["one"]}
 
 
-def share_of_run() -> dict[str, float]:
-    """A run of 60 dev questions, and the share of its time that goes to the sampler."""
+def share_of_run(n_questions: int = 60) -> dict[str, float]:
+    """A run of dev questions, and the share of its time that goes to the sampler."""
     spent = {"ask": 0.0, "tell": 0.0}
 
     def timed(name: str) -> Callable[..., Any]:
@@ -207,7 +208,7 @@ def share_of_run() -> dict[str, float]:
     questions = load_questions(QUESTIONS)
     with patch.object(Search, "ask", timed("ask")), patch.object(Search, "tell", timed("tell")):
         began = time.perf_counter()
-        summary = run(model, select_questions(questions, split="dev", limit=60)).summary
+        summary = run(model, select_questions(questions, split="dev", limit=n_questions)).summary
         seconds = time.perf_counter() - began
     return {
         "rows": summary["engine"]["rows"]["lean"],

@@ -37,22 +37,28 @@ from fusion_lens.statistics import cluster_bootstrap
 
 HERE = Path(__file__).parent
 COUNTS = (100, 200, 400, 1000)
+ROWS = (1, 64, 256, 1024, 4096)
 TUNED = ("full", "segmented")
 
 
 def main() -> None:
-    """Measure everything, or with --count one run of so many questions in this process."""
+    """Measure everything; with --count or --rows one run of so many questions, or one call of so
+    many rows, in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--parts", default="scale,shapes,rounds")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--parts", default="scale,rows,shapes,rounds")
     options = parser.parse_args()
     if options.count is not None:
         print(json.dumps(one_run(options.questions, options.count)))
         return
+    if options.rows is not None:
+        print(json.dumps(one_call(options.rows)))
+        return
     path = HERE / "long.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    parts = {"scale": scale, "shapes": shapes, "rounds": rounds}
+    parts = {"scale": scale, "rows": rows, "shapes": shapes, "rounds": rounds}
     for name in options.parts.split(","):
         found[name] = parts[name]()
         print(name, json.dumps(found[name], indent=1), flush=True)
@@ -64,14 +70,21 @@ def scale() -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "questions.jsonl"
         save_questions(path, many_questions(max(COUNTS)))
-        command = [sys.executable, __file__, "--questions", str(path), "--count"]
-        found = []
-        for count in COUNTS:
-            done = subprocess.run(
-                [*command, str(count)], capture_output=True, text=True, check=True
-            )
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+        return [alone("--questions", str(path), "--count", str(count)) for count in COUNTS]
+
+
+def rows() -> list[dict[str, float]]:
+    """Peak memory of one call of more and more rows, each in a process of its own."""
+    return [alone("--rows", str(count)) for count in ROWS]
+
+
+def alone(*arguments: str) -> dict[str, float]:
+    """What this script says of one measurement in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
+    )
+    said: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return said
 
 
 def one_run(path: Path, count: int) -> dict[str, float]:
@@ -83,13 +96,28 @@ def one_run(path: Path, count: int) -> dict[str, float]:
         began = time.perf_counter()
         summary = run(model, questions[:count], config, out=folder, pool=questions).summary
         seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "questions": count,
         "rows": summary["engine"]["rows"]["lean"],
         "seconds": round(seconds, 1),
-        "peak_mib": round(peak, 1),
+        "peak_mib": peak_mib(),
     }
+
+
+def one_call(count: int) -> dict[str, float]:
+    """One call of so many unsteered rows, its seconds and this process' peak memory in MiB."""
+    model = load_model()
+    prompts = [tokenize(model, question.question) for question in load_questions(QUESTIONS)]
+    written = [Row(prompts[i % len(prompts)]) for i in range(count)]
+    began = time.perf_counter()
+    generate(model, written, GenerationConfig(max_new_tokens=24, stop_at_eos=False))
+    seconds = time.perf_counter() - began
+    return {"rows": count, "seconds": round(seconds, 1), "peak_mib": peak_mib()}
+
+
+def peak_mib() -> float:
+    """Of this process, until now."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def many_questions(count: int) -> list[Question]:
@@ -109,11 +137,11 @@ def shapes() -> dict[str, Any]:
     model = load_model()
     questions = select_questions(load_questions(QUESTIONS), split="dev", limit=60)
     by_shape = {}
-    for slots in (64, 16):
+    for slots in (256, 16):
         generation = GenerationConfig(slots=slots)
         config = ExperimentConfig(tuning=TuningConfig(generation=generation))
         by_shape[slots] = run(model, questions, config).records
-    pairs = list(zip(by_shape[64], by_shape[16], strict=True))
+    pairs = list(zip(by_shape[256], by_shape[16], strict=True))
     other = [
         (one, two)
         for one, two in pairs

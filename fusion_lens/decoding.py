@@ -139,8 +139,11 @@ class Tape:
                 [_uniforms(row.seed, self.uniforms.shape[1]) for row in rows]
             ).to(index.device)
 
-    def step(self, logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, " row"]:
-        """Choose every row's next token and write it down; the tokens chosen."""
+    def step(
+        self, logits: Float[Tensor, "row d_vocab"], of: Bool[Tensor, " row"] | None = None
+    ) -> Int[Tensor, " row"]:
+        """Choose every row's next token and write it down; the tokens chosen. With `of`, only those
+        rows move on."""
         column = self.count[:, None]
         if self.keep_logits:
             self._keep(logits)
@@ -148,16 +151,18 @@ class Tape:
         chosen = greedy
         if self.temperature > 0.0:
             chosen = _sample(logits, self.temperature, self.uniforms.gather(1, column))
+        moving = self.going if of is None else self.going & of
         # a masked vocabulary may hold -inf; its maximum is finite all the same
-        self.finite &= ~self.going | torch.isfinite(best[:, 0])
+        self.finite &= ~moving | torch.isfinite(best[:, 0])
         self.going &= self.finite
+        # what a row writes that does not move is written over when it does
         self.written.scatter_(1, column, chosen)
         if self.temperature == 0.0:
             gap = best - logits.scatter(1, greedy, -torch.inf).amax(dim=-1, keepdim=True)
             self.margins.scatter_(1, column, gap.to(self.margins.dtype))
-        self.count += self.going
-        self.going &= ~torch.isin(chosen[:, 0], self.stops)
-        self.going &= self.count < self.written.shape[1] - 1
+        self.count += moving & self.finite
+        ended = torch.isin(chosen[:, 0], self.stops) | (self.count >= self.written.shape[1] - 1)
+        self.going &= ~(moving & ended)
         return chosen[:, 0]
 
     def completion(self, row: int, decode: Callable[[list[int]], str]) -> Completion:

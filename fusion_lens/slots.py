@@ -1,12 +1,13 @@
 """Rows through a fixed number of slots of the lean module: a finished row's slot takes the next.
 
-Every row runs from position 0 of its slot, without padding: its prompt but for the last token is
-read in a pass of its own (`fill`), and every later pass feeds one token to all slots (`step`). Both
-have fixed shapes, so a row's numbers do not depend on its neighbours, its slot, or when it began.
-Transformers' `StaticCache` keeps one length for all rows; the cache here keeps one for each.
+A row's prompt is read in a pass of its own, which gives its first new token (`fill`); every later
+pass feeds one token to all slots (`step`). Both have fixed shapes, so a row's numbers do not depend
+on its neighbours, its slot, or when it began. Transformers' `StaticCache` keeps one length for all
+rows; the cache here keeps one for each, from position 0 of its slot.
 
-The two passes are the two kinds of position of a plan: `fill` sees "prompt", `step` "completion".
-Steps that add a constant shift therefore become one tensor "slot layer d_model" for each.
+The last position of a filling pass and all of the others' are of a plan's kind "completion", the
+rest "prompt". Steps that add a constant shift therefore become one tensor "slot layer d_model" for
+each kind.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from fusion_lens.activations import padded_length
+from fusion_lens.activations import left_padded, padded_length
 from fusion_lens.decoding import Completion, GenerationConfig, Row, Tape
 from fusion_lens.engine_log import out_of_memory
 from fusion_lens.executors import LeanModule, close, probe_steering, probe_tokens
@@ -86,42 +87,39 @@ class Slots:
         device = lean.device
         place = _Place(config.slots, config.cache_length, device)
         self._lean = lean
-        self._passes = _Passes(lean, _cache(n_layers, place), int(model.cfg.n_ctx))
+        self._passes = _Passes(lean, _cache(n_layers, place))
         self.tape = Tape.blank(config.slots, config, stop_tokens(model), device)
         self._token = torch.zeros(config.slots, dtype=torch.long, device=device)
         self._position = torch.zeros(config.slots, dtype=torch.long, device=device)
         wide = torch.promote_types(lean.dtype, torch.float32)
         self._none = torch.zeros((n_layers, d_model), dtype=wide)
         self._shift = torch.zeros((config.slots, n_layers, d_model), dtype=wide, device=device)
-        self._later: dict[int, Tensor] = {}
         self._steered = False
 
     def fill(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
-        """Seat these rows: read their prompts but for the last token."""
-        prompts = [row.prompt for row in rows]
-        index = torch.tensor(slots, device=self._token.device)
-        read = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
+        """Seat these rows: read their prompts and choose their first tokens."""
         # an earlier row's NaN would spread: 0 * NaN is NaN, behind a mask too
         finite = self.tape.finite.tolist()
-        unclean = [slot for slot in slots if not finite[slot]]
-        if unclean:
-            self._passes.clear(unclean)
-        width = padded_length(max(1, int(read.max())))
-        tokens = torch.zeros((self.n_filled, width), dtype=torch.long)
-        special = torch.zeros((self.n_filled, width), dtype=torch.bool)
-        for n, prompt in enumerate(prompts):
-            tokens[n, : read[n]] = torch.tensor(prompt.tokens[:-1])
-            special[n, [t for t in prompt.special if t < read[n]]] = True
-        padding = (
-            torch.arange(width)
-            >= torch.nn.functional.pad(read, (0, self.n_filled - len(rows)), value=width)[:, None]
+        self._passes.clear([slot for slot in slots if not finite[slot]])
+        prompts = [row.prompt.tokens for row in rows]
+        index = torch.tensor(slots, device=self._token.device)
+        tokens, mask = left_padded(
+            [*prompts, *[prompts[0][-1:]] * (self.n_filled - len(rows))],
+            0,
+            index.device,
+            width=padded_length(max(map(len, prompts))),
         )
-        with self._lean.at_blocks(self._steer_prompts(rows, special, padding)):
-            self._passes.fill(slots, tokens.to(index.device), read)
-        self._token[index] = torch.tensor([p.tokens[-1] for p in prompts], device=index.device)
-        self._position[index] = read.to(index.device)
-        self._seat_shifts(slots, rows)
+        with self._lean.at_blocks(self._steer_prompts(rows, mask)):
+            first = self._passes.fill(slots, tokens, mask)
+        for slot, row in zip(slots, rows, strict=True):
+            self._shift[slot] = self._shift_of(row.plan, "completion")
+            self._steered |= row.plan is not None
+        self._position[index] = mask[: len(rows)].sum(dim=-1)
         self.tape.start(slots, rows)
+        logits = first.new_zeros((self.n_slots, first.shape[-1]))
+        begun = torch.zeros_like(self.tape.going)
+        begun[index] = True
+        self._choose(logits.index_copy_(0, index, first[: len(rows)]), begun)
 
     def step(self) -> None:
         """Feed every slot its token and choose the next; finished slots stand still."""
@@ -130,77 +128,82 @@ class Slots:
             at = {layer: partial(self._add, layer) for layer in range(self._shift.shape[1])}
         with self._lean.at_blocks(at):
             logits = self._passes.step(self._token, self._position)
-        chosen = self.tape.step(logits)
-        self._token.copy_(torch.where(self.tape.going, chosen, self._token))
+        self._choose(logits)
         self._position += self.tape.going
-        for slot, shift in self._later.items():
-            self._shift[slot] = shift
-        self._later = {}
+
+    def _choose(
+        self, logits: Float[Tensor, "slot d_vocab"], of: Bool[Tensor, " slot"] | None = None
+    ) -> None:
+        chosen = self.tape.step(logits, of)
+        going = self.tape.going if of is None else self.tape.going & of
+        self._token.copy_(torch.where(going, chosen, self._token))
 
     def _add(self, layer: int, resid: Tensor) -> None:
         # rounded once: the sum of a half and a float32 is taken in float32
         resid.add_(self._shift[:, layer, None])
 
-    def _seat_shifts(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
-        for slot, row in zip(slots, rows, strict=True):
-            ordinary = self._shift_of(row.plan, "completion", special=False)
-            self._shift[slot] = ordinary
-            if row.plan is not None:
-                self._steered = True
-                if len(row.prompt.tokens) - 1 in row.prompt.special:
-                    self._shift[slot] = self._shift_of(row.plan, "completion", special=True)
-                    self._later[slot] = ordinary.to(self._shift.device)
-
     def _steer_prompts(
-        self,
-        rows: Sequence[Row],
-        special: Bool[Tensor, "row pos"],
-        padding: Bool[Tensor, "row pos"],
+        self, rows: Sequence[Row], mask: Int[Tensor, "row pos"]
     ) -> dict[int, AtBlock]:
+        """All positions of left-padded prompts as "prompt", but the last as "completion"."""
         if all(row.plan is None for row in rows):
             return {}
+        width = mask.shape[1]
+        special = torch.zeros(mask.shape, dtype=torch.bool)
+        for n, row in enumerate(rows):
+            special[n, [width - len(row.prompt.tokens) + t for t in row.prompt.special]] = True
         plans = [*(row.plan for row in rows), *[None] * (self.n_filled - len(rows))]
-        device = self._shift.device
-        by_kind = {
-            kind: torch.stack([self._shift_of(plan, "prompt", special=kind) for plan in plans]).to(
-                device
-            )
+        ordinary, other = (
+            torch.stack([self._shift_of(plan, "prompt", special=kind) for plan in plans])
             for kind in (False, True)
-        }
-        is_special, is_padding = special[..., None].to(device), padding[..., None].to(device)
+        )
+        last = torch.stack(
+            [
+                self._shift_of(plan, "completion", special=bool(ends))
+                for plan, ends in zip(plans, special[:, -1], strict=True)
+            ]
+        )
+        device = self._shift.device
+        ordinary, other, last = (shift.to(device) for shift in (ordinary, other, last))
+        is_special, is_padding = special[:, :-1, None].to(device), mask[:, :-1, None] == 0
 
         def add(layer: int, resid: Tensor) -> None:
-            ordinary, other = by_kind[False][:, layer, None], by_kind[True][:, layer, None]
+            shift = torch.where(is_special, other[:, layer, None], ordinary[:, layer, None])
             # padding that overflows would spread to its row: 0 * NaN is NaN, behind a mask too
-            resid.add_(torch.where(is_special, other, ordinary).masked_fill_(is_padding, 0))
+            resid[:, :-1].add_(shift.masked_fill_(is_padding, 0))
+            resid[:, -1].add_(last[:, layer])
 
         return {layer: partial(add, layer) for layer in range(self._shift.shape[1])}
 
-    def _shift_of(self, plan: Plan | None, position: str, *, special: bool) -> Tensor:
+    def _shift_of(self, plan: Plan | None, position: str, *, special: bool = False) -> Tensor:
         return self._none if plan is None else plan.shift_at(position, special=special)
 
 
 @dataclass(slots=True, eq=False)
 class _Place:
     """Where a pass writes its keys and values: all slots at their own position, or, in a filling
-    pass, the first columns of some slots; `dropped` is the padding there."""
+    pass, the first columns of some slots: `moved` says from which columns, padding behind them."""
 
     n_slots: int
     length: int
     device: torch.device
     position: Int[Tensor, " slot"] | None = None
     filled: Int[Tensor, " filled"] | None = None
+    moved: Int[Tensor, "filled pos"] | None = None
     dropped: Bool[Tensor, "filled 1 pos 1"] | None = None
     _index: dict[int, Tensor] = field(default_factory=dict)
 
     def at(self, position: Int[Tensor, " slot"]) -> None:
-        self.filled, self.dropped = None, None
+        self.filled = None
         self.position, self._index = position, {}
 
-    def fill(self, slots: Sequence[int], read: Int[Tensor, " filled"], width: int) -> None:
+    def fill(self, slots: Sequence[int], mask: Int[Tensor, "row pos"]) -> None:
         self.filled = torch.tensor(slots, device=self.device)
-        dropped = torch.arange(min(width, self.length)) >= read[:, None]
-        self.dropped = dropped[:, None, :, None].to(self.device)
+        lengths = mask[: len(slots)].sum(dim=-1, keepdim=True)
+        width = mask.shape[1]
+        columns = torch.arange(width, device=self.device)
+        self.moved = (columns + width - lengths) % width
+        self.dropped = (columns >= lengths)[:, None, :, None]
 
     def index(self, groups: int) -> Int[Tensor, " entry"]:
         """Every slot's position in a flat "slot group pos", for each group."""
@@ -232,16 +235,24 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.keys is not None
         assert self.values is not None
         for store, new in ((self.keys, key_states), (self.values, value_states)):
-            filled, dropped = self._place.filled, self._place.dropped
-            if filled is None or dropped is None:
+            if self._place.filled is None:
                 flat = new.reshape(-1, new.shape[-1])
                 store.view(-1, new.shape[-1]).index_copy_(0, self._place.index(new.shape[1]), flat)
             else:
-                own = new[: len(filled), :, : self._place.length]
-                store[filled, :, : own.shape[2]] = own.masked_fill(dropped, 0)
+                self._fill(store, new)
         if self._place.filled is not None:
             return key_states, value_states
         return self.keys, self.values
+
+    def _fill(self, store: Tensor, new: Tensor) -> None:
+        slots, moved, dropped = self._place.filled, self._place.moved, self._place.dropped
+        assert slots is not None
+        assert moved is not None
+        assert dropped is not None
+        new = new[: len(slots)]
+        own = new.gather(2, moved[:, None, :, None].expand(new.shape)).masked_fill_(dropped, 0)
+        own = own[:, :, : self._place.length]
+        store[slots, :, : own.shape[2]] = own
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._place.length, 0
@@ -259,21 +270,25 @@ class _Passes:
 
     lean: Lean
     cache: Cache
-    n_ctx: int = 2**31
 
-    def fill(self, slots: Sequence[int], tokens: Int[Tensor, "row pos"], read: Tensor) -> None:
-        """Read `tokens` from position 0 into `slots`; rows beyond them are idle."""
-        width = tokens.shape[1]
-        self._place.fill(slots, read, width)
-        positions = torch.arange(width, device=tokens.device)[None]
-        mask = attention_masks(self.lean, positions, positions)
-        # a padded position may lie beyond those a model has learnt
-        within = positions.clamp(max=self.n_ctx - 1).expand(len(tokens), -1)
-        self.lean.forward(tokens, within, mask, cache=self.cache, last=1)
+    def fill(
+        self,
+        slots: Sequence[int],
+        tokens: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row pos"],
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Read left-padded `tokens` into the first columns of `slots`; rows beyond them are idle.
+        Logits of the last position."""
+        self._place.fill(slots, mask)
+        columns = (mask.cumsum(dim=-1) - 1).masked_fill(mask == 0, -1)
+        masks = attention_masks(self.lean, columns, columns)
+        return self.lean.forward(tokens, columns.clamp(min=0), masks, cache=self.cache, last=1)[
+            :, 0
+        ]
 
     def clear(self, slots: Sequence[int]) -> None:
         """Zero what earlier rows left in these slots."""
-        for layer in self.cache.layers:
+        for layer in self.cache.layers if slots else ():
             layer.keys[slots] = 0
             layer.values[slots] = 0
 
@@ -308,15 +323,10 @@ def _try_slots(model: HookedModel, lean: Lean) -> bool:
     with passes.at_blocks(probe_steering(n_layers)):
         expected = passes.forward(tokens, mask, cache=KeyValues(), last=2)
         cache = _cache(n_layers, _Place(2, 8, lean.device))
-        fills, steps = _Passes(lean, cache), []
-        for slot, start in ((0, 2), (1, 0)):
-            own = tokens[slot : slot + 1, start:-2]
-            fills.fill([slot], own, torch.tensor([own.shape[1]]))
-        position = mask.sum(dim=-1) - 2
-        for step in (-2, -1):
-            steps.append(fills.step(tokens[:, step], position))
-            position += 1
-    return close(torch.stack(steps, dim=1), expected)
+        fills = _Passes(lean, cache)
+        first = [fills.fill([slot], tokens[[slot], :-1], mask[[slot], :-1]) for slot in (0, 1)]
+        second = fills.step(tokens[:, -1], mask.sum(dim=-1) - 1)
+    return close(torch.stack([torch.cat(first), second], dim=1), expected)
 
 
 def _next_filling(
@@ -325,10 +335,10 @@ def _next_filling(
     """The next rows to seat, of one padded length; none while a fuller pass can be waited for."""
     if not waiting or not n_free:
         return []
-    width = padded_length(len(rows[waiting[-1]].prompt.tokens) - 1)
+    width = padded_length(len(rows[waiting[-1]].prompt.tokens))
     alike = []
     for i in reversed(waiting[-n_filled:]):
-        if padded_length(len(rows[i].prompt.tokens) - 1) != width:
+        if padded_length(len(rows[i].prompt.tokens)) != width:
             break
         alike.append(i)
     if busy and n_free < len(alike):

@@ -1,0 +1,58 @@
+"""Short forms of what `make bench` and `make bench-long` measure."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fusion_lens.atlas import QUESTIONS
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """Imports one of the scripts."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_the_bench_measures_every_variant_and_draws_them(script, tmp_path: Path) -> None:
+    engine = script("engine")
+    bench = engine.open_bench("atlas", tmp_path, 9)
+    assert len({row.prompt.tokens for row in bench.rows}) == 2
+    assert len({tuple(row.plan.steps[0].coeffs) for row in bench.rows}) == 9
+    lines = engine.measure(bench, [1, 9], 1)
+    by_row = {"engine", "hf_batched_hook", "hf_unsteered", "floor"}
+    by_row |= {"engine_with_perplexity", "engine_with_end_of_text"}
+    assert {line["variant"] for line in lines if line["rows"] == 9} == by_row
+    assert {line["variant"] for line in lines if line["rows"] == 1} == {
+        *by_row,
+        "authors",
+        "hooks_one_by_one",
+    }
+    rate = {(line["rows"], line["variant"]): line["trials_per_second"] for line in lines}
+    assert all(rate[9, "floor"] > rate[9, name] for name in by_row - {"floor"})
+    assert rate[9, "engine"] > 2 * max(rate[1, "authors"], rate[1, "hooks_one_by_one"])
+    figure = engine.draw(lines)
+    assert len(figure.rows) == len(lines)
+    assert engine.capture(bench, 1)["ratio"] > 0.5
+    assert engine.plans(bench, 1)["seconds_many_over_one"] < 2
+    run = engine.share_of_run(2)
+    assert run["rows"] > 60
+    assert 0 < run["sampler_share"] < 0.5
+
+
+def test_a_long_measurement_counts_its_rows_and_its_memory(script) -> None:
+    long = script("long")
+    few, more = long.one_call(8), long.one_call(16)
+    assert (few["rows"], more["rows"]) == (8, 16)
+    assert 100 < few["peak_mib"] <= more["peak_mib"]
+    assert long.one_run(QUESTIONS, 2)["questions"] == 2
