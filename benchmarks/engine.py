@@ -80,7 +80,12 @@ def main() -> None:
     parser.add_argument("--models", default="atlas,gpt2-small-size")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--out", type=Path, default=HERE / "engine.json")
+    parser.add_argument("--draw", action="store_true", help="only the figure, from --out")
     options = parser.parse_args()
+    if options.draw:
+        measured = json.loads(options.out.read_text("utf-8"))
+        print(write_figures([draw(measured)], options.out.parent, html=False) or "drawn")
+        return
     rows = [int(n) for n in options.rows.split(",")]
     lines: list[dict[str, Any]] = []
     details: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -252,7 +257,8 @@ def draw(lines: Sequence[Mapping[str, Any]]) -> Figure:
                 col=column,
             )
     figure.update_xaxes(title_text="rows", type="log", tickvals=list(ROWS))
-    figure.update_yaxes(type="log", dtick="D2")
+    ticks = [10**power * step for power in range(-1, 4) for step in (1, 2, 5)]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_yaxes(title_text="trials per second", col=1)
     figure.update_layout(
         title={"text": f"{NEW} new tokens a trial, float32, 2 CPU cores", "x": 0.02},

@@ -69,7 +69,7 @@ def scale() -> list[dict[str, float]]:
     """Seconds and peak memory of runs of more and more questions, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "questions.jsonl"
-        save_questions(path, many_questions(max(COUNTS)))
+        save_questions(many_questions(max(COUNTS)), path)
         return [alone("--questions", str(path), "--count", str(count)) for count in COUNTS]
 
 

@@ -165,7 +165,20 @@ def run(
     question_id: Annotated[
         list[str] | None, typer.Option(help="Only this question; may be repeated.")
     ] = None,
-    arms: Annotated[str, typer.Option(help="Comma-separated.")] = "baseline,full,segmented",
+    arms: Annotated[
+        str | None, typer.Option(help="Comma-separated; all of them if not given.")
+    ] = None,
+    centre: Annotated[
+        bool, typer.Option("--centre", help="Subtract the other questions' mean delta.")
+    ] = False,
+    reach: Annotated[
+        bool,
+        typer.Option(help="Also measure paraphrases, neighbours and unrelated text."),
+    ] = True,
+    unrelated: Annotated[
+        Path | None,
+        typer.Option(help="Text file for the divergence; without it Atlas' own for Atlas."),
+    ] = None,
     model: ModelOption = None,
     segments: SegmentsOption = "thirds",
     dtype: DtypeOption = "float32",
@@ -176,20 +189,24 @@ def run(
 ) -> int:
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
-    from rich.console import Console
-
+    from fusion_lens.arms import ARMS
+    from fusion_lens.atlas import UNRELATED
     from fusion_lens.experiment import ExperimentConfig
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.plots import run_figures, write_figures
     from fusion_lens.questions import select_questions
-    from fusion_lens.report import engine_line, failure_lines, summary_table, tuned_lines
+    from fusion_lens.report import failure_lines, markdown_report
+    from fusion_lens.results import write_text
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
     config = ExperimentConfig(
-        arms=tuple(arms.split(",")),
+        arms=ARMS if arms is None else tuple(arms.split(",")),
         segments=_segments(segments),
         tuning=tuning,
+        centre=centre,
+        reach=reach,
+        unrelated=UNRELATED if unrelated is None and model is None else unrelated,
         storage=storage,
     )
     available = _questions(questions, model)
@@ -205,16 +222,22 @@ def run(
         "limit": None if question_id else limit,
         "available": sum(q.split in (None, split) for q in available),
     }
+    splits = {question.split for question in chosen}
     _require_writable(out / "results.jsonl")
     opened = _load(model, dtype, device)
     with _progress() as progress:
         results = run_experiment(
-            opened, chosen, config, out=out, pool=available, source=source, progress=progress
+            opened,
+            chosen,
+            config,
+            out=out,
+            pool=available,
+            donors=[question for question in available if question.split in splits],
+            source=source,
+            progress=progress,
         )
-    Console().print(summary_table(results.summary))
-    for line in tuned_lines(results.summary):
-        print(line)
-    print(engine_line(results.summary))
+    _print_tables(results.summary)
+    write_text(out / "report.md", markdown_report(results.summary))
     missing = write_figures(run_figures(results), out / "figures")
     if missing is not None:
         print(missing)
@@ -224,6 +247,39 @@ def run(
     if results.summary["interrupted"]:
         return 130
     return 3 if results.summary["failures"] else 0
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
+) -> int:
+    """Print the tables of a run and write its report.md."""
+    from fusion_lens.report import markdown_report
+    from fusion_lens.results import load_results, write_text
+
+    summary = load_results(folder).summary
+    _print_tables(summary)
+    write_text(folder / "report.md", markdown_report(summary))
+    print(f"written to {folder / 'report.md'}")
+    return 0
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    other: Annotated[Path, typer.Argument(help="The folder of another.")],
+) -> int:
+    """The second run minus the first, arm by arm, over the questions both have."""
+    from rich.console import Console
+
+    from fusion_lens.report import run_differences
+    from fusion_lens.results import load_results
+    from fusion_lens.summary import compare_runs
+
+    runs = load_results(one), load_results(other)
+    table = run_differences(compare_runs(*(run.records for run in runs)), (str(one), str(other)))
+    Console().print(table.to_table())
+    return 0
 
 
 @app.command()
@@ -355,6 +411,18 @@ def main() -> None:
     sys.exit(code)
 
 
+def _print_tables(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from fusion_lens.report import engine_line, lender_lines, sections, tuned_lines
+
+    for section in sections(summary, between="\n"):
+        Console().print(section.to_table())
+        print()
+    for line in (*tuned_lines(summary), *lender_lines(summary), engine_line(summary)):
+        print(line)
+
+
 def _segments(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
 
@@ -393,20 +461,20 @@ def _progress() -> Iterator[Progress]:
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
-    bars: list[tqdm[Any]] = []
+    bars: dict[str, tqdm[Any]] = {}
 
     def show(stage: str, done: int, total: int) -> None:
-        if not bars:
-            bars.append(
-                tqdm(desc=stage, unit="row", mininterval=0.1 if live else 15, dynamic_ncols=True)
+        if stage not in bars:
+            bars[stage] = tqdm(
+                desc=stage, unit="row", mininterval=0.1 if live else 15, dynamic_ncols=True
             )
-        bars[0].total = total
-        bars[0].update(done - bars[0].n)
+        bars[stage].total = total
+        bars[stage].update(done - bars[stage].n)
 
     try:
         yield show
     finally:
-        for bar in bars:
+        for bar in bars.values():
             bar.close()
 
 

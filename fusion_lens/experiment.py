@@ -1,8 +1,8 @@
 """The loop over questions and arms; composes the stages and their configs.
 
-Arms so far: `baseline` (one greedy run of the steered prompt, unsteered), `full` (one coefficient
-for all layers) and `segmented` (one per segment). Questions are taken in blocks, so that memory
-does not grow with their number; all rounds of a block share one batch.
+The protocol is the controlled one (docs/method.md): every arm of `arms`, then what each chose on
+paraphrases, neighbours and unrelated text. Questions are taken in blocks, so that memory does not
+grow with their number; all rounds of a block share one batch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
+from fusion_lens.activations import padded_length
+from fusion_lens.arms import ARMS, TUNED, Bench, Chosen, choose, prefix_of_question
+from fusion_lens.divergence import unrelated_texts
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError, one_of
-from fusion_lens.generation import generate
-from fusion_lens.graders import Graded
+from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Segment
+from fusion_lens.prompts import Prompt, tokenize
 from fusion_lens.questions import Question, questions_digest
 from fusion_lens.results import (
     SCHEMA_VERSION,
@@ -34,26 +36,18 @@ from fusion_lens.results import (
     plan_path,
     save_summary,
 )
-from fusion_lens.scores import perplexity_of
 from fusion_lens.search import check_storage
-from fusion_lens.statistics import Interval, cluster_bootstrap
+from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
+from fusion_lens.transfer import Reach, measure
 from fusion_lens.tuning import (
     Failure,
-    Job,
-    Prepared,
     Progress,
     Scorer,
-    TunedPlan,
     TuningConfig,
     export_tuned,
     make_segments,
-    prepare,
-    tune_jobs,
     with_engine_shape,
 )
-
-ARMS = ("baseline", "full", "segmented")
-METRICS = ("exact_match", "overlap", "objective", "nll", "perplexity", "distinct_2")
 
 _NOT_FINITE = (
     "the model's logits must be finite, but a step of the completion gave NaN or infinity; "
@@ -65,13 +59,18 @@ _NOT_FINITE = (
 class ExperimentConfig:
     """What to run on every question.
 
-    `segments` divides the layers of the segmented arm; `storage` is an Optuna storage URL that gets
-    every finished study, named `<question id>/<arm>`.
+    `segments` divides the layers of the segmented arm; `centre` subtracts the other questions' mean
+    delta from every delta; `reach` measures transfer and specificity; `unrelated` is a text file
+    for the divergence on unrelated text (None: unscored); `storage` is an Optuna storage URL that
+    gets every finished study, named `<question id>/<arm>`.
     """
 
     arms: tuple[str, ...] = ARMS
     segments: str | int = "thirds"
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    centre: bool = False
+    reach: bool = True
+    unrelated: Path | None = None
     block_size: int = 64
     storage: str | None = None
 
@@ -82,6 +81,17 @@ class ExperimentConfig:
             one_of("arms", arm, ARMS)
         if self.block_size < 1:
             raise ConfigError(f"block_size must be at least 1, but got {self.block_size}.")
+        lent = [arm for arm in self.arms if arm in TUNED and TUNED[arm].vectors != "own"]
+        if self.tuning.mean != "question" and (lent or self.centre):
+            raise ConfigError(
+                f"{lent[0] if lent else 'centre'} needs a constant shift, mean='question', "
+                f"but got mean={self.tuning.mean!r}; leave it out."
+            )
+
+    @property
+    def tuned_arms(self) -> list[str]:
+        """The arms with a search."""
+        return [arm for arm in self.arms if arm in TUNED]
 
 
 def run(
@@ -91,22 +101,24 @@ def run(
     *,
     out: str | Path | None = None,
     pool: Sequence[Question] | None = None,
+    donors: Sequence[Question] | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Tune and score every question under every arm; with `out`, write the run there.
+    """Every question under every arm; with `out`, write the run there.
 
     `pool` is every question of the file, those included that are not run: slots and cache length
-    come from it, so that another selection gives the same numbers. `source` tells where the
-    questions are from, for the provenance.
+    come from it, so that another selection gives the same numbers. `donors` lend their deltas to
+    control arms: all questions of the split. Without them both are `questions`. `source` tells
+    where the questions are from, for the provenance.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
-    the run goes on. An interrupt keeps what was finished; the summary then says
-    `interrupted`.
+    the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
 
     Raises:
         ConfigError: if two questions share an id.
         PlanError: if the model has fewer layers than segments.
+        InputFileError: if the unrelated text cannot be read or is too short.
         OutputError: if `out` cannot be written.
     """
     config = config or ExperimentConfig()
@@ -114,172 +126,193 @@ def run(
     if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
     identity = identify(model)
-    segments = {
-        "full": make_segments("full", identity.n_layers),
-        "segmented": make_segments(config.segments, identity.n_layers),
-    }
+    segments = _segments(config, identity.n_layers)
     if config.storage is not None:
-        tuned_arms = [arm for arm in config.arms if arm in segments]
-        check_storage(config.storage, [f"{name}/{arm}" for name in ids for arm in tuned_arms])
+        check_storage(
+            config.storage, [f"{name}/{arm}" for name in ids for arm in config.tuned_arms]
+        )
     pool = pool or questions
-    per_question = config.tuning.search.round_size * sum(arm in segments for arm in config.arms)
-    n_rows = max(1, per_question) * len(pool)
+    n_rows = max(1, config.tuning.search.round_size * len(config.tuned_arms)) * len(pool)
     shaped = with_engine_shape(model, pool, config.tuning, n_rows=n_rows)
     config = replace(config, tuning=shaped)
+    unrelated = [] if config.unrelated is None else unrelated_texts(model, config.unrelated)
     log = EngineLog()
     folder = None if out is None else open_run_folder(out)
     began = time.perf_counter()
-    records: list[Result] = []
-    failures: list[Failure] = []
-    delta_norms: dict[str, list[float]] = {}
-    interrupted = False
-    try:
-        for start in range(0, len(questions), config.block_size):
-            shown = _within(progress, done=start, of=len(questions), config=config)
-            of_block = questions[start : start + config.block_size]
-            block = _run_block(model, of_block, config, segments, shown, log)
-            _write_block(block, folder, config.storage)
-            # a block's studies and deltas go with it: memory does not grow with the questions
-            records += block.records
-            failures += block.failures
-            delta_norms |= {p.question.id: p.deltas.norms.tolist() for p in block.prepared}
-            interrupted = block.interrupted
-            if interrupted:
-                break
-    except KeyboardInterrupt:
-        interrupted = True
+    kept = _Kept()
+    with Lenders(model, config.tuning, centre=config.centre) as lenders:
+        try:
+            lenders.gather(
+                questions,
+                donors or questions,
+                block_size=config.block_size,
+                log=log,
+                progress=progress,
+            )
+            room = _prefix_room(model, pool, config)
+            for start in range(0, len(questions), config.block_size):
+                bench = Bench(
+                    model,
+                    config.tuning,
+                    lenders,
+                    Scorer(model, config.tuning, log=log),
+                    log,
+                    prefix_room=room,
+                )
+                block = [q.id for q in questions[start : start + config.block_size]]
+                shown = _within(progress, done=start, of=len(questions), config=config)
+                _run_block(bench, block, config, segments, unrelated, kept, folder, shown)
+                if kept.interrupted:
+                    break
+        except KeyboardInterrupt:
+            kept.interrupted = True
+        failed = [lenders.failures[name] for name in ids if name in lenders.failures]
+        donated = [lenders.donors[name].shared for name in ids if name in lenders.donors]
+    n_ready = len(kept.delta_norms)
+    seed = config.tuning.search.seed
     summary = {
         "schema_version": SCHEMA_VERSION,
         "provenance": asdict(_provenance(identity, config, questions)),
         "questions": {"n": len(questions), **(source or {})},
-        "arms": {
-            arm: _arm([record for record in records if record.arm == arm], config)
-            for arm in config.arms
+        "arms": summarise_arms(kept.records, config.arms, n_ready, seed),
+        "comparisons": [asdict(each) for each in compare_arms(kept.records, config.arms, seed)],
+        "groups": summarise_groups(kept.records, config.arms, seed),
+        "failures": [_failure(failure) for failure in (*failed, *kept.failures)],
+        "delta_norms": kept.delta_norms,
+        "generic_share": kept.generic_shares,
+        "donors": {
+            "n": len(lenders.generic.of),
+            "mismatched": len(donated),
+            "sharing_a_word": sum(shared > 0 for shared in donated),
         },
-        "failures": [_failure(failure) for failure in failures],
-        "delta_norms": delta_norms,
+        "unrelated_tokens": sum(len(text.tokens) for text in unrelated),
         "engine": log.to_dict(),
-        "interrupted": interrupted,
+        "interrupted": kept.interrupted,
         "seconds": round(time.perf_counter() - began, 2),
     }
     if folder is not None:
         save_summary(folder, summary)
-    return Results(tuple(records), summary)
+    return Results(tuple(kept.records), summary)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Some questions under every arm."""
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of the blocks; their studies and deltas go with them."""
 
-    prepared: Sequence[Prepared]
-    failures: Sequence[Failure]
-    tuned: Sequence[TunedPlan]
-    records: Sequence[Result]
-    interrupted: bool
+    records: list[Result] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    delta_norms: dict[str, list[float]] = field(default_factory=dict)
+    generic_shares: dict[str, list[float]] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 def _run_block(
-    model: HookedModel,
-    questions: Sequence[Question],
+    bench: Bench,
+    names: Sequence[str],
     config: ExperimentConfig,
     segments: Mapping[str, tuple[Segment, ...]],
+    unrelated: Sequence[Prompt],
+    kept: _Kept,
+    folder: Path | None,
     progress: Progress | None,
-    log: EngineLog,
-) -> _Block:
-    prepared, failures = prepare(model, questions, config.tuning, log=log)
-    score = Scorer(model, config.tuning, log=log)
-    baseline = _baseline(model, prepared, config, score, log)
-    jobs = [
-        Job(item, segments[arm], arm) for item in prepared for arm in config.arms if arm in segments
-    ]
-    tuned, interrupted = tune_jobs(
-        model, jobs, config.tuning, score=score, progress=progress, log=log
+) -> None:
+    prepared = [bench.lenders.prepared[name] for name in names if name in bench.lenders.prepared]
+    chosen, kept.interrupted = choose(bench, prepared, config.arms, segments, progress=progress)
+    nothing = Reach(None, 0, None, 0, None)
+    reached = (
+        measure(bench, chosen, unrelated)
+        if config.reach and not kept.interrupted
+        else [nothing] * len(chosen)
     )
-    order = [question.id for question in questions]
-    records = sorted(
-        [*baseline, *map(_tuned_result, tuned)],
-        key=lambda record: (order.index(record.question_id), config.arms.index(record.arm)),
-    )
-    not_finite = [
+    records = [_result(bench, *each) for each in zip(chosen, reached, strict=True)]
+    kept.records += records
+    kept.failures += [
         Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
         for record in records
         if not record.finite
     ]
-    return _Block(prepared, [*failures, *not_finite], tuned, records, interrupted)
+    for item in prepared:
+        kept.delta_norms[item.question.id] = item.deltas.norms.tolist()
+        share = bench.lenders.share(item)
+        if share is not None:
+            kept.generic_shares[item.question.id] = share.tolist()
+    _write_block(chosen, records, folder, config.storage)
 
 
-def _write_block(block: _Block, folder: Path | None, storage: str | None) -> None:
+def _write_block(
+    chosen: Sequence[Chosen], records: Sequence[Result], folder: Path | None, storage: str | None
+) -> None:
     if folder is not None:
-        append_results(folder, block.records)
-    for tuned in block.tuned:
-        question_id, arm = tuned.job.prepared.question.id, tuned.job.arm
+        append_results(folder, records)
+    for each in chosen:
+        if each.tuned is None:
+            continue
+        question_id = each.prepared.question.id
         if folder is not None:
-            save_plan(tuned.plan, plan_path(folder, question_id, arm))
+            save_plan(each.tuned.plan, plan_path(folder, question_id, each.arm))
         if storage is not None:
-            export_tuned(tuned, storage, f"{question_id}/{arm}")
+            export_tuned(each.tuned, storage, f"{question_id}/{each.arm}")
 
 
-def _baseline(
-    model: HookedModel,
-    prepared: Sequence[Prepared],
-    config: ExperimentConfig,
-    score: Scorer,
-    log: EngineLog,
-) -> list[Result]:
-    if "baseline" not in config.arms or not prepared:
-        return []
-    began = time.perf_counter()
-    rows = [item.row(config.tuning) for item in prepared]
-    graded = score(prepared, generate(model, rows, config.tuning.generation, log=log))
-    seconds = (time.perf_counter() - began) / len(rows)
-    return [
-        _result(item, "baseline", grade, seconds)
-        for item, grade in zip(prepared, graded, strict=True)
-    ]
+def _segments(config: ExperimentConfig, n_layers: int) -> dict[str, tuple[Segment, ...]]:
+    segmented = make_segments(config.segments, n_layers)
+    return {
+        "full": make_segments("full", n_layers),
+        "segmented": segmented,
+        "last": segmented[-1:],
+    }
 
 
-def _tuned_result(tuned: TunedPlan) -> Result:
-    search = tuned.tuned
-    return replace(
-        _result(tuned.job.prepared, tuned.job.arm, tuned.best, tuned.seconds),
-        coeffs=dict(search.best.coeffs),
-        injected_norm=search.best.injected_norm,
-        n_trials=len(search.trials),
-        best_trial=search.best.number,
-        zero_won=search.zero_won,
-        tied=search.tied,
-        n_not_finite=sum(not trial.outcome.completion.finite for trial in search.trials),
-    )
+def _prefix_room(model: HookedModel, pool: Sequence[Question], config: ExperimentConfig) -> int:
+    """Tokens that the longest answer and explanation before a question can take."""
+    lengths = []
+    for question in pool:
+        told = tokenize(model, prefix_of_question(question), prepend_bos=False)
+        own = config.tuning.explanation_tokens if question.explanation is None else 0
+        lengths.append(len(told.tokens) + own)
+    return padded_length(max(lengths))
 
 
-def _result(prepared: Prepared, arm: str, graded: Graded, seconds: float) -> Result:
-    question = prepared.question
+def _result(bench: Bench, chosen: Chosen, reach: Reach) -> Result:
+    question, graded = chosen.prepared.question, chosen.graded
+    search = None if chosen.tuned is None else chosen.tuned.tuned
+    mismatched = chosen.arm in TUNED and TUNED[chosen.arm].vectors == "mismatched"
     return Result(
         question_id=question.id,
-        arm=arm,
+        arm=chosen.arm,
         subject=question.subject or question.id,
+        topic=question.topic,
+        answer_type=question.answer_type,
         question=question.question,
         answer=question.answer,
-        explanation=prepared.explanation,
+        explanation=chosen.prepared.explanation,
         completion=graded.completion.text,
         extracted=graded.answer,
         ended=graded.completion.ended,
         finite=graded.completion.finite,
         margin=graded.completion.margin,
-        coeffs={},
-        injected_norm=0.0,
+        coeffs={} if search is None else dict(search.best.coeffs),
+        injected_norm=0.0 if search is None else search.best.injected_norm,
         objective=graded.objective,
         overlap=graded.overlap,
         exact_match=graded.exact_match,
+        token_f1=graded.token_f1,
         nll=graded.nll,
         perplexity=graded.perplexity,
         distinct_2=graded.distinct_2,
-        n_trials=1,
-        best_trial=1,
-        zero_won=None,
-        tied=None,
-        n_not_finite=int(not graded.completion.finite),
-        seconds=round(seconds, 4),
+        repetition=graded.repetition,
+        **asdict(reach),
+        n_trials=chosen.n_samples if search is None else len(search.trials),
+        best_trial=1 if search is None else search.best.number,
+        zero_won=None if search is None else search.zero_won,
+        tied=None if search is None else search.tied,
+        donor=bench.lenders.donors[question.id].id if mismatched else None,
+        n_not_finite=(
+            int(not graded.completion.finite)
+            if search is None
+            else sum(not trial.outcome.completion.finite for trial in search.trials)
+        ),
+        seconds=round(chosen.seconds, 4),
     )
 
 
@@ -304,51 +337,13 @@ def _failure(failure: Failure) -> dict[str, str | None]:
     }
 
 
-def _arm(records: Sequence[Result], config: ExperimentConfig) -> dict[str, Any]:
-    clusters = [record.subject for record in records]
-    seed = config.tuning.search.seed
-    metrics = {name: asdict(_interval(name, records, seed)) for name in METRICS}
-    arm: dict[str, Any] = {"n": len(records), "clusters": len(set(clusters)), "metrics": metrics}
-    tuned = [record for record in records if record.coeffs]
-    if tuned:
-        # a zero plan's coefficients say nothing about how strongly to steer
-        steered = [record for record in tuned if not record.zero_won]
-        arm |= {
-            "n_trials": [min(r.n_trials for r in tuned), max(r.n_trials for r in tuned)],
-            "steered": len(steered),
-            "coeffs_median": {
-                name: median(record.coeffs[name] for record in steered)
-                for name in tuned[0].coeffs
-                if steered
-            },
-            "zero_won": 1 - len(steered) / len(tuned),
-            "tied": sum(bool(record.tied) for record in tuned) / len(tuned),
-            "not_finite": sum(record.n_not_finite for record in tuned),
-        }
-    return arm
-
-
-def _interval(name: str, records: Sequence[Result], seed: int) -> Interval:
-    clusters = [record.subject for record in records]
-    if name != "perplexity":
-        values = [getattr(record, name) for record in records]
-        return cluster_bootstrap(values, clusters, seed=seed, share=name == "exact_match")
-    # a mean of perplexities is the mean of its outliers: exponentiate the mean nll instead
-    nll = cluster_bootstrap([record.nll for record in records], clusters, seed=seed)
-    return replace(
-        nll,
-        mean=perplexity_of(nll.mean),
-        low=perplexity_of(nll.low),
-        high=perplexity_of(nll.high),
-    )
-
-
 def _settings(config: ExperimentConfig) -> dict[str, Any]:
     settings = asdict(config)
     sampler = config.tuning.search.sampler
     settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
     # a storage URL may hold a password
     settings["storage"] = config.storage is not None
+    settings["unrelated"] = None if config.unrelated is None else config.unrelated.name
     return settings
 
 
@@ -358,6 +353,6 @@ def _within(
     """A block's progress as progress of the whole run."""
     if progress is None:
         return None
-    per_question = config.tuning.search.trials * sum(arm != "baseline" for arm in config.arms)
+    per_question = config.tuning.search.trials * len(config.tuned_arms)
     outer = progress
     return lambda stage, n, _: outer(stage, done * per_question + n, of * per_question)

@@ -1,4 +1,4 @@
-"""Scores that need a model: how fluent a completion is, and everything measured on one trial.
+"""Everything that is measured on one completion, and the objective made of it.
 
 Fluency is the mean negative log-likelihood per completion token given the prompt, end-of-text
 included where it was generated, under the *unsteered* model; perplexity is its exponential,
@@ -17,6 +17,8 @@ from fusion_lens.scores import (
     extract_answer,
     objective,
     perplexity_of,
+    repetition,
+    token_f1,
     token_overlap,
 )
 
@@ -29,8 +31,10 @@ class Graded:
     answer: str
     overlap: float | None
     exact_match: float
+    token_f1: float | None
     nll: float | None
     distinct_2: float | None
+    repetition: float | None
     objective: float
 
     @property
@@ -56,7 +60,13 @@ def grade(
         exact_match=float(
             completion.finite and exact_match(completion.text, question.answer, question.aliases)
         ),
+        token_f1=(
+            token_f1(completion.text, question.answer, question.aliases)
+            if completion.finite
+            else None
+        ),
         nll=nll,
         distinct_2=distinct_2(completion.text),
+        repetition=repetition(completion.text),
         objective=objective(overlap or 0.0, perplexity_of(nll), weight),
     )

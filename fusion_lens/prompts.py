@@ -136,11 +136,18 @@ def tokenize(
     )
 
 
-def question_prompt(model: HookedModel, question: str, template: Template | None = None) -> Prompt:
-    """The steered prompt: the question, waiting for its answer."""
+def question_prompt(
+    model: HookedModel, question: str, template: Template | None = None, *, prefix: str = ""
+) -> Prompt:
+    """The steered prompt: the question, waiting for its answer, behind `prefix` if there is one."""
     template = template or Template()
-    text = _question_text(model, question, template)
+    text = _question_text(model, question, template, prefix)
     return tokenize(model, text, prepend_bos=template.prepend_bos)
+
+
+def answer_prefix(answer: str, explanation: str) -> str:
+    """What `answer_in_prompt` puts before a question: gold and explanation."""
+    return "\n".join(part for part in (answer, explanation) if part) + "\n\n"
 
 
 def explanation_prompt(
@@ -191,8 +198,10 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return ids if tokenizer.unk_token_id in named else ids - {tokenizer.unk_token_id}
 
 
-def _question_text(model: HookedModel, question: str, template: Template) -> str:
-    return _chat(model, question) if template.chat else template.question.format(question=question)
+def _question_text(model: HookedModel, question: str, template: Template, prefix: str = "") -> str:
+    if template.chat:
+        return _chat(model, prefix + question)
+    return prefix + template.question.format(question=question)
 
 
 def _chat(model: HookedModel, content: str) -> str:

@@ -3,44 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-_COLUMNS = {
+from fusion_lens.statistics import Comparison
+
+_SCORES = {
     "exact_match": ("right", "{:.1%}"),
     "overlap": ("overlap", "{:.2f}"),
     "objective": ("objective", "{:+.2f}"),
     "perplexity": ("perplexity", "{:.1f}"),
 }
+_REACH = {
+    "transfer_exact_match": ("paraphrases right", "{:.1%}"),
+    "neighbours_kept": ("neighbours kept", "{:.1%}"),
+    "kl_unrelated": ("KL, nats/token", "{:.3f}"),
+}
+_DIFFERENCES = {
+    "objective": ("objective", "{:+.3f}"),
+    "overlap": ("overlap", "{:+.3f}"),
+    "exact_match": ("right", "{:+.1%}"),
+    "transfer_exact_match": ("paraphrases right", "{:+.1%}"),
+}
+_FURTHER = {
+    "token_f1": ("token F1", "{:+.3f}"),
+    "nll": ("nats/token", "{:+.3f}"),
+    "neighbours_kept": ("neighbours kept", "{:+.1%}"),
+    "kl_unrelated": ("KL, nats/token", "{:+.3f}"),
+}
+_GROUP_NAMES = {"topic": "topic", "answer_type": "answer type"}
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
-    """What `fusion-lens run` prints: per arm, mean and 95 % interval of each metric."""
-    header, *rows = summary_rows(summary, between="\n")
-    table = Table(
-        title=caption(summary),
-        title_justify="left",
-        title_style="",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table as text: its title, header and cells."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def to_table(self) -> Table:
+        """For the terminal."""
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            title_style="",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for n, name in enumerate(self.header):
+            # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
+            table.add_column(name, justify="right" if n else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def to_markdown(self) -> str:
+        """The table alone."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows))
+
+
+def sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:
+    """What `fusion-lens run` prints: scores and reach of every arm, and segmented against the
+    others. `between` a mean and its interval."""
+    made = [
+        Section(caption(summary), *_by_arm(summary["arms"], _SCORES, between)),
+    ]
+    measured = (arm["metrics"] for arm in summary["arms"].values())
+    if any(metrics[name]["n"] for metrics in measured for name in _REACH):
+        title = "the chosen plan, unchanged, elsewhere"
+        tokens = summary["unrelated_tokens"]
+        title += f"; KL from unsteered on {tokens:,} tokens of unrelated text" if tokens else ""
+        made.append(Section(title, *_by_arm(summary["arms"], _REACH, between)))
+    if summary["comparisons"]:
+        made.append(_differences(summary, _DIFFERENCES, between))
+    return made
+
+
+def markdown_report(summary: Mapping[str, Any]) -> str:
+    """Everything the summary says, as Markdown."""
+    shown = sections(summary)
+    if summary["comparisons"]:
+        shown.append(_differences(summary, _FURTHER, " "))
+    for field, name in _GROUP_NAMES.items():
+        for group, arms in summary["groups"].get(field, {}).items():
+            columns = {key: value for key, value in _SCORES.items() if key != "perplexity"}
+            content = {arm: {"n": _n(metrics), "metrics": metrics} for arm, metrics in arms.items()}
+            shown.append(Section(f"{name}: {group}", *_by_arm(content, columns, " ")))
+    parts = [f"**{section.title}**\n\n{section.to_markdown()}" for section in shown]
+    lines = [*tuned_lines(summary), *lender_lines(summary), engine_line(summary)]
+    lines += [f"failed: {line}" for line in failure_lines(summary)]
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)]) + "\n"
+
+
+def lender_lines(summary: Mapping[str, Any]) -> list[str]:
+    """How much of the deltas is generic, and how many control arms had to share a word."""
+    lines = []
+    shares = summary["generic_share"].values()
+    if shares:
+        mean = median(sum(share) / len(share) for share in shares)
+        line = f"generic share: {mean:.0%} of a delta's squared norm (median over "
+        line += f"{len(shares)} questions, mean over layers) lies along the mean delta of the "
+        lines.append(line + f"others, {summary['donors']['n']} in all")
+    if "mismatched" in summary["arms"]:
+        donors = summary["donors"]
+        lines.append(
+            f"mismatched: {donors['mismatched']} questions have a donor, "
+            f"{donors['sharing_a_word']} of them one that shares a word with the answer"
+        )
+    return lines
+
+
+def run_differences(comparisons: Sequence[Comparison], names: tuple[str, str]) -> Section:
+    """What `fusion-lens compare` prints."""
+    shown = _DIFFERENCES
+    found = {(each.b, each.metric): asdict(each) for each in comparisons}
+    rows = tuple(
+        (arm, *(_difference(found[arm, metric], form, "\n") for metric, (_, form) in shown.items()))
+        for arm in dict.fromkeys(each.b for each in comparisons)
     )
-    for name in header:
-        # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
-        table.add_column(name, justify="left" if name == "arm" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown_table(summary: Mapping[str, Any]) -> str:
-    """The same as Markdown."""
-    header, *rows = summary_rows(summary)
-    rule = ["---" if name == "arm" else "---:" for name in header]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    title = f"{names[1]} minus {names[0]}, paired by question; p Holm-corrected over the arms"
+    return Section(title, ("arm", *(title for title, _ in shown.values())), rows)
 
 
 def tuned_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -86,23 +176,66 @@ def caption(summary: Mapping[str, Any]) -> str:
     )
 
 
-def summary_rows(summary: Mapping[str, Any], between: str = " ") -> list[list[str]]:
-    """Header and cells as text, `between` a mean and its interval; unscored values are counted."""
-    rows = [["arm", "n", *(title for title, _ in _COLUMNS.values())]]
-    for name, arm in summary["arms"].items():
-        cells = [
-            _cell(arm["metrics"][metric], form, between) for metric, (_, form) in _COLUMNS.items()
-        ]
-        rows.append([name, str(arm["n"]), *cells])
-    return rows
-
-
 def failure_lines(summary: Mapping[str, Any]) -> Sequence[str]:
     """One line for every question, or question under one arm, that failed."""
     return [
         f"{f['question_id']}{', ' + f['arm'] if f['arm'] else ''}: {f['error']}: {f['message']}"
         for f in summary["failures"]
     ]
+
+
+def _by_arm(
+    arms: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], between: str
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and cells; unscored values are counted."""
+    header = ("arm", "n", *(title for title, _ in columns.values()))
+    rows = tuple(
+        (
+            name,
+            str(arm["n"]),
+            *(
+                _cell(arm["metrics"][metric], form, between)
+                for metric, (_, form) in columns.items()
+            ),
+        )
+        for name, arm in arms.items()
+    )
+    return header, rows
+
+
+def _differences(
+    summary: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], between: str
+) -> Section:
+    found = {(each["b"], each["metric"]): each for each in summary["comparisons"]}
+    first = summary["comparisons"][0]
+    rows = tuple(
+        (
+            other,
+            *(
+                _difference(found[other, metric], form, between)
+                for metric, (_, form) in columns.items()
+            ),
+        )
+        for other in dict.fromkeys(each["b"] for each in summary["comparisons"])
+    )
+    title = f"{first['a']} minus another arm, paired by question; p Holm-corrected over the arms"
+    return Section(title, ("minus", *(title for title, _ in columns.values())), rows)
+
+
+def _difference(comparison: Mapping[str, Any], form: str, between: str) -> str:
+    if comparison["diff"] is None:
+        return "unscored"
+    text = form.format(comparison["diff"])
+    if comparison["low"] is not None:
+        text += f"{between}[{form.format(comparison['low'])}, {form.format(comparison['high'])}]"
+    if comparison["p_holm"] is not None:
+        text += f"{between}p {comparison['p_holm']:.2g}"
+    return text + (f"{between}(n {comparison['n']})" if comparison["unscored"] else "")
+
+
+def _n(metrics: Mapping[str, Any]) -> int:
+    one = next(iter(metrics.values()))
+    return int(one["n"] + one["unscored"])
 
 
 def _cell(metric: Mapping[str, Any], form: str, between: str) -> str:

@@ -22,7 +22,7 @@ from fusion_lens.models import ModelIdentity
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # malformed, a number of thousands of digits, brackets nested too deeply
 _NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
@@ -37,12 +37,15 @@ class Result:
     highest logits of a greedy step: another slot shape flips a token only where it is tiny.
     `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
     its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
-    in `search.Tuned`.
+    in `search.Tuned`; the transfer fields as in `transfer.Reach`; `donor` is the question whose
+    deltas a mismatched arm used. None is unscored.
     """
 
     question_id: str
     arm: str
     subject: str
+    topic: str | None
+    answer_type: str | None
     question: str
     answer: str
     explanation: str
@@ -56,13 +59,21 @@ class Result:
     objective: float
     overlap: float | None
     exact_match: float
+    token_f1: float | None
     nll: float | None
     perplexity: float | None
     distinct_2: float | None
+    repetition: float | None
+    transfer_exact_match: float | None
+    transfer_n: int
+    neighbours_kept: float | None
+    neighbours_n: int
+    kl_unrelated: float | None
     n_trials: int
     best_trial: int
     zero_won: bool | None
     tied: bool | None
+    donor: str | None
     n_not_finite: int
     seconds: float
 
@@ -191,6 +202,18 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
             encoding="utf-8",
         )
         part.replace(path)
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside the records.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(path, error.strerror or str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Values of questions -> a mean with its interval.
+"""Values of questions -> a mean with its interval, and differences between arms with theirs.
 
 Cluster bootstrap over subjects (questions about one person are not independent): clusters are drawn
 with replacement, the statistic is the mean over all questions of the clusters drawn; percentile
@@ -8,10 +8,10 @@ interval. Resampling is scipy's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 N_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -57,10 +57,7 @@ def cluster_bootstrap(
     if len(names) < 2:
         return Interval(mean, None, None, len(pairs), unscored, len(names))
     if share and mean in (0.0, 1.0):
-        wilson = binomtest(round(mean * len(names)), len(names)).proportion_ci(
-            CONFIDENCE, method="wilson"
-        )
-        low, high = float(wilson.low), float(wilson.high)
+        low, high = _wilson(round(mean * len(names)), len(names))
         return Interval(mean, low, high, len(pairs), unscored, len(names))
     result = bootstrap(
         (sums, counts),
@@ -75,3 +72,112 @@ def cluster_bootstrap(
     )
     low, high = result.confidence_interval
     return Interval(mean, float(low), float(high), len(pairs), unscored, len(names))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The paired difference `a - b` of a metric over the questions scored under both arms.
+
+    `low` and `high` bound its 95 % interval. `p` is two-sided and None where the difference is not
+    tested; `p_holm` is corrected over the comparisons of its family. `test` names the test.
+    """
+
+    a: str
+    b: str
+    metric: str
+    n: int
+    unscored: int
+    clusters: int
+    diff: float | None
+    low: float | None
+    high: float | None
+    p: float | None = None
+    p_holm: float | None = None
+    test: str | None = None
+
+
+def compare(
+    a: Sequence[float | None],
+    b: Sequence[float | None],
+    clusters: Sequence[str],
+    *,
+    names: tuple[str, str],
+    metric: str,
+    binary: bool = False,
+    test: bool = True,
+    seed: int = 0,
+) -> Comparison:
+    """Two arms on the same questions.
+
+    Tested by McNemar's exact test where values are 0 or 1 (`binary`) and every cluster has one
+    question, else by flipping the signs of whole clusters (exactly where there are few, else 10,000
+    times). Where no `binary` value differs the interval is Wilson's for the share of clusters that
+    do, on both sides: 0 of 60 is not 0 for certain.
+
+    Raises:
+        ValueError: if the three have different lengths.
+    """
+    diffs = [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
+    interval = cluster_bootstrap(diffs, clusters, seed=seed)
+    if binary and interval.clusters > 1 and not any(diffs):
+        most = _wilson(0, interval.clusters)[1]
+        interval = replace(interval, low=-most, high=most)
+    made = Comparison(
+        *names,
+        metric,
+        interval.n,
+        interval.unscored,
+        interval.clusters,
+        interval.mean,
+        interval.low,
+        interval.high,
+    )
+    if not test or interval.clusters < 2:
+        return made
+    scored = [(d, c) for d, c in zip(diffs, clusters, strict=True) if d is not None]
+    if binary and interval.clusters == interval.n:
+        return replace(made, p=_mcnemar([d for d, _ in scored]), test="McNemar")
+    return replace(made, p=_sign_flip(scored, seed), test="cluster sign flip")
+
+
+def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """One family with `p_holm`: Holm's step-down correction (Scandinavian J. Stat. 6, 1979) over
+    those that were tested."""
+    tested = sorted(
+        (comparison.p, i) for i, comparison in enumerate(comparisons) if comparison.p is not None
+    )
+    corrected: dict[int, float] = {}
+    least = 0.0
+    for rank, (p, i) in enumerate(tested):
+        least = max(least, min(1.0, p * (len(tested) - rank)))
+        corrected[i] = least
+    return [replace(each, p_holm=corrected.get(i)) for i, each in enumerate(comparisons)]
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float]:
+    interval = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _mcnemar(diffs: Sequence[float]) -> float:
+    better, worse = sum(d > 0 for d in diffs), sum(d < 0 for d in diffs)
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def _sign_flip(scored: Sequence[tuple[float, str]], seed: int) -> float:
+    sums: dict[str, float] = {}
+    for diff, cluster in scored:
+        sums[cluster] = sums.get(cluster, 0.0) + diff
+    values = np.array([sums[name] for name in sorted(sums)])
+    if not values.any():
+        return 1.0
+    result = permutation_test(
+        (values,),
+        lambda x, axis=-1: x.sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=N_RESAMPLES,
+        batch=100,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)

@@ -105,17 +105,18 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One search: a prepared question, the segments whose coefficients are sought, and the search's
-    name."""
+    """One search: a prepared question, the segments whose coefficients are sought, the search's
+    name, and the vectors (None: the question's own deltas)."""
 
     prepared: Prepared
     segments: tuple[Segment, ...]
     arm: str
+    deltas: Deltas | None = None
 
     def plan(self, coeffs: Mapping[str, float], config: TuningConfig) -> Plan:
         """The plan of one trial."""
         return make_plan(
-            self.prepared.deltas,
+            self.deltas or self.prepared.deltas,
             coeffs,
             self.segments,
             mean=config.mean,
@@ -148,14 +149,19 @@ class TunedPlan:
 def with_engine_shape(
     model: HookedModel, questions: Sequence[Question], config: TuningConfig, *, n_rows: int
 ) -> TuningConfig:
-    """The config with numbers for slots and cache length that serve all these questions.
+    """The config with numbers for slots and cache length that serve all these questions, their
+    paraphrases and their neighbours.
 
     Give every question of a file, also those that are not run: another selection of them then runs
     at the same shape, and gives the same numbers to the last bit. `n_rows` is the most rows that
     ever run at once.
     """
     settings = config.generation
-    steered = [question_prompt(model, q.question, config.template) for q in questions]
+    steered = [
+        question_prompt(model, text, config.template)
+        for question in questions
+        for text in _texts_of(question)
+    ]
     # a multiple of 8, idle slots among them: vectorised functions round odd tails differently
     shaped = with_shape(model, steered, settings, n_rows=padded_length(n_rows))
     if config.explanation_tokens and settings.cache_length is None:
@@ -169,6 +175,12 @@ def with_engine_shape(
             lengths = [c.cache_length or 0 for c in (shaped, with_shape(model, explained, writing))]
             shaped = replace(shaped, cache_length=max(lengths))
     return replace(config, generation=shaped)
+
+
+def _texts_of(question: Question) -> tuple[str, ...]:
+    """A question, its paraphrases and its neighbours, as texts."""
+    neighbours = (neighbour.question for neighbour in question.neighbours)
+    return (question.question, *question.paraphrases, *neighbours)
 
 
 def prepare(
@@ -444,7 +456,7 @@ def _deltas(
 
 def _pass_rows(config: TuningConfig) -> int:
     """Rows of a pass over whole texts: they are tens of tokens each where a slot has one."""
-    return max(1, (config.generation.slots or 64) // 4)
+    return max(1, min(16, (config.generation.slots or 64) // 4))
 
 
 def _explanations(

@@ -12,6 +12,8 @@ LOVELACE = Result(
     question_id="lovelace",
     arm="baseline",
     subject="Ada Lovelace",
+    topic="Books",
+    answer_type="Person",
     question="Who wrote the red book?",
     answer="Ada Lovelace",
     explanation="It says so.",
@@ -25,13 +27,21 @@ LOVELACE = Result(
     objective=-0.06,
     overlap=0.0,
     exact_match=0.0,
+    token_f1=0.0,
     nll=3.0,
     perplexity=20.0,
     distinct_2=1.0,
+    repetition=0.0,
+    transfer_exact_match=0.0,
+    transfer_n=5,
+    neighbours_kept=1.0,
+    neighbours_n=3,
+    kl_unrelated=0.0,
     n_trials=1,
     best_trial=1,
     zero_won=None,
     tied=None,
+    donor=None,
     n_not_finite=0,
     seconds=0.5,
 )
@@ -55,13 +65,16 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
         "nll": interval(1.0, 0.5, 2.0),
         "perplexity": interval(12.3, 4.5, 67.8),
         "distinct_2": interval(1.0, 1.0, 1.0),
+        "transfer_exact_match": interval(0.125, 0.0, 0.25),
+        "neighbours_kept": interval(0.75, 0.5, 1.0),
+        "kl_unrelated": interval(0.0625, 0.03125, 0.125),
     }
-    return {"n": 12, "clusters": 6, "metrics": shown | metrics}
+    return {"n": 12, "unscored": 0, "clusters": 6, "metrics": shown | metrics}
 
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "provenance": {
             "model": "tiny",
             "settings": {"tuning": {"generation": {"slots": 64, "cache_length": 96}}},
@@ -71,6 +84,11 @@ def summary(**arms: dict[str, Any]) -> dict[str, Any]:
         "failures": [],
         "engine": {"rows": {"lean": 372, "hooks": 0}, "reasons": [], "halvings": 0},
         "interrupted": False,
+        "comparisons": [],
+        "groups": {},
+        "generic_share": {"lovelace": [0.5, 0.75], "harris": [0.25, 0.25]},
+        "donors": {"n": 12, "mismatched": 11, "sharing_a_word": 2},
+        "unrelated_tokens": 2000,
         "delta_norms": {"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]},
         "seconds": 1.5,
     }

@@ -9,6 +9,7 @@ import optuna
 import pytest
 
 import fusion_lens.experiment as experiment
+from fusion_lens import arms
 from fusion_lens.atlas import QUESTIONS as ATLAS_QUESTIONS
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import ConfigError, OutputError, PlanError, SearchError
@@ -26,6 +27,7 @@ QUICK = TuningConfig(
     generation=GenerationConfig(max_new_tokens=8),
     explanation_tokens=6,
 )
+THREE = ("baseline", "full", "segmented")
 QUESTIONS = [
     Question(id="a", question="Who wrote the red book?", answer="Ada Lovelace", subject="book"),
     Question(id="b", question="When was it written?", answer="in 1843", subject="book"),
@@ -37,7 +39,7 @@ QUESTIONS = [
 def finished(tiny, tmp_path_factory):
     """A run of three questions under all arms, and its folder."""
     folder = tmp_path_factory.mktemp("run")
-    return run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK), out=folder), folder
+    return run(tiny, QUESTIONS, ExperimentConfig(arms=THREE, tuning=QUICK), out=folder), folder
 
 
 def test_every_question_has_a_record_for_every_arm_in_order(finished) -> None:
@@ -94,7 +96,7 @@ def test_the_folder_holds_what_was_returned(finished) -> None:
 def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
     results, _ = finished
     summary = results.summary
-    assert summary["schema_version"] == 2
+    assert summary["schema_version"] == 3
     provenance = summary["provenance"]
     assert provenance["seed"] == 0
     assert provenance["processing_mode"] == "unprocessed"
@@ -123,13 +125,13 @@ def comparable(records) -> list[object]:
 
 def test_the_same_seed_gives_the_same_run_and_blocks_do_not_matter(tiny, finished) -> None:
     results, _ = finished
-    again = run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK, block_size=2))
+    again = run(tiny, QUESTIONS, ExperimentConfig(arms=THREE, tuning=QUICK, block_size=2))
     assert comparable(again.records) == comparable(results.records)
 
 
 def test_another_selection_of_a_file_gives_the_same_numbers_to_the_last_bit(tiny, finished) -> None:
     results, _ = finished
-    config = ExperimentConfig(tuning=QUICK)
+    config = ExperimentConfig(arms=THREE, tuning=QUICK)
     some = run(tiny, QUESTIONS[1:2], config, pool=QUESTIONS)
     assert comparable(some.records) == comparable(results.records)[3:6]
     generation = some.summary["provenance"]["settings"]["tuning"]["generation"]
@@ -144,7 +146,7 @@ def lines_without_times(folder) -> list[str]:
 
 def test_results_are_byte_equal_in_any_order_and_any_blocks(tiny, finished, tmp_path) -> None:
     _, folder = finished
-    config = ExperimentConfig(tuning=QUICK, block_size=2)
+    config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=2)
     run(tiny, QUESTIONS[::-1], config, out=tmp_path)
     assert lines_without_times(tmp_path) == lines_without_times(folder)
 
@@ -156,7 +158,7 @@ def test_another_slot_shape_gives_the_same_completions_and_coefficients(atlas, e
     def outcome(slots: int, cache_length: int | None) -> list[tuple[object, ...]]:
         generation = GenerationConfig(slots=slots, cache_length=cache_length, executor=executor)
         tuning = TuningConfig(SearchConfig(trials=10), generation)
-        records = run(atlas, questions, ExperimentConfig(tuning=tuning)).records
+        records = run(atlas, questions, ExperimentConfig(arms=THREE, tuning=tuning)).records
         # a flip is only to be expected where two logits are this close
         assert all(record.margin > 1e-4 for record in records)
         return [(r.question_id, r.arm, r.completion, r.coeffs, r.best_trial) for r in records]
@@ -178,7 +180,7 @@ def test_a_block_of_questions_leaves_no_study_and_no_deltas_behind(tiny, monkeyp
     many = [dataclasses.replace(QUESTIONS[0], id=str(i)) for i in range(6)]
     search = dataclasses.replace(QUICK.search, trials=2)
     tuning = dataclasses.replace(QUICK, search=search)
-    results = run(tiny, many, ExperimentConfig(tuning=tuning, block_size=1))
+    results = run(tiny, many, ExperimentConfig(arms=THREE, tuning=tuning, block_size=1))
     assert len(results.records) == 18
     # the first block may find what earlier tests left; a block has two studies and one question
     assert len(alive) == 6
@@ -187,7 +189,7 @@ def test_a_block_of_questions_leaves_no_study_and_no_deltas_behind(tiny, monkeyp
 
 def test_at_a_temperature_all_arms_draw_the_same_numbers(tiny) -> None:
     hot = dataclasses.replace(QUICK.generation, temperature=1.0)
-    config = ExperimentConfig(tuning=dataclasses.replace(QUICK, generation=hot))
+    config = ExperimentConfig(arms=THREE, tuning=dataclasses.replace(QUICK, generation=hot))
     results = run(tiny, QUESTIONS, config)
     base = {r.question_id: r for r in results.records if r.arm == "baseline"}
     assert len({r.completion for r in base.values()}) == 3
@@ -210,7 +212,7 @@ def test_a_storage_that_cannot_take_the_studies_fails_before_the_work(tiny, tmp_
 def test_another_seed_gives_other_coefficients(tiny, finished) -> None:
     results, _ = finished
     search = dataclasses.replace(QUICK.search, seed=5)
-    config = ExperimentConfig(tuning=dataclasses.replace(QUICK, search=search))
+    config = ExperimentConfig(arms=THREE, tuning=dataclasses.replace(QUICK, search=search))
     other = run(tiny, QUESTIONS, config)
     assert [r.coeffs for r in other.records] != [r.coeffs for r in results.records]
 
@@ -218,7 +220,7 @@ def test_another_seed_gives_other_coefficients(tiny, finished) -> None:
 def test_a_question_that_fails_is_recorded_with_its_reason_and_the_run_goes_on(tiny) -> None:
     long = Question(id="long", question="Who " * 80, answer="Ada")
     nothing = Question(id="nothing", question="Who?", answer="</s>")
-    results = run(tiny, [QUESTIONS[0], long, nothing], ExperimentConfig(tuning=QUICK))
+    results = run(tiny, [QUESTIONS[0], long, nothing], ExperimentConfig(arms=THREE, tuning=QUICK))
     failures = {f["question_id"]: (f["error"], f["message"]) for f in results.summary["failures"]}
     assert failures.keys() == {"long", "nothing"}
     assert {f["arm"] for f in results.summary["failures"]} == {None}
@@ -230,15 +232,15 @@ def test_a_question_that_fails_is_recorded_with_its_reason_and_the_run_goes_on(t
 
 
 def test_logits_that_are_not_finite_fail_their_arm_alone(tiny, monkeypatch) -> None:
-    real = experiment.generate
+    real = arms.generate
 
     def first_fails(*args, **options):
         first, *others = real(*args, **options)
         return [dataclasses.replace(first, finite=False), *others]
 
     # the baseline's; the trials are generated elsewhere
-    monkeypatch.setattr(experiment, "generate", first_fails)
-    results = run(tiny, QUESTIONS[:2], ExperimentConfig(tuning=QUICK))
+    monkeypatch.setattr(arms, "generate", first_fails)
+    results = run(tiny, QUESTIONS[:2], ExperimentConfig(arms=THREE, tuning=QUICK, reach=False))
     (failure,) = results.summary["failures"]
     assert (failure["question_id"], failure["arm"]) == ("a", "baseline")
     assert failure["error"] == "ActivationError"
@@ -251,7 +253,7 @@ def test_logits_that_are_not_finite_fail_their_arm_alone(tiny, monkeypatch) -> N
 
 def test_a_run_in_which_every_question_fails_still_ends(tiny) -> None:
     long = Question(id="long", question="Who " * 80, answer="Ada")
-    results = run(tiny, [long], ExperimentConfig(tuning=QUICK))
+    results = run(tiny, [long], ExperimentConfig(arms=THREE, tuning=QUICK))
     assert results.records == ()
     assert results.summary["arms"]["full"]["n"] == 0
     assert results.summary["arms"]["full"]["metrics"]["overlap"]["mean"] is None
@@ -260,7 +262,7 @@ def test_a_run_in_which_every_question_fails_still_ends(tiny) -> None:
 def test_an_interrupt_keeps_what_was_finished(tiny, tmp_path, monkeypatch, untouched) -> None:
     untouched(tiny)
     calls = []
-    real = experiment.tune_jobs
+    real = arms.tune_jobs
 
     def second_fails(*args, **options):
         calls.append(1)
@@ -268,8 +270,8 @@ def test_an_interrupt_keeps_what_was_finished(tiny, tmp_path, monkeypatch, untou
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(experiment, "tune_jobs", second_fails)
-    config = ExperimentConfig(tuning=QUICK, block_size=1)
+    monkeypatch.setattr(arms, "tune_jobs", second_fails)
+    config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=1)
     results = run(tiny, QUESTIONS, config, out=tmp_path)
     assert results.summary["interrupted"]
     assert {r.question_id for r in load_results(tmp_path).records} == {"a"}
@@ -283,15 +285,22 @@ def test_any_number_of_segments(tiny) -> None:
 
 def test_more_segments_than_layers_end_the_run_before_it_starts(tiny, tmp_path) -> None:
     with pytest.raises(PlanError, match=r"1 <= segments <= layers must hold"):
-        run(tiny, QUESTIONS, ExperimentConfig(segments=5, tuning=QUICK), out=tmp_path / "never")
+        run(
+            tiny,
+            QUESTIONS,
+            ExperimentConfig(arms=THREE, segments=5, tuning=QUICK),
+            out=tmp_path / "never",
+        )
     assert not (tmp_path / "never").exists()
 
 
 def test_bad_settings_are_refused(tiny, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="arms must be one of baseline, full, segmented, but got"):
+    with pytest.raises(
+        ConfigError, match="arms must be one of baseline, best_of_n, answer_in_prompt"
+    ):
         ExperimentConfig(arms=("baseline", "magic"))
     with pytest.raises(ConfigError, match="question ids must be unique"):
         run(tiny, [QUESTIONS[0], QUESTIONS[0]])
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="must be writable"):
-        run(tiny, QUESTIONS, ExperimentConfig(tuning=QUICK), out=tmp_path / "file")
+        run(tiny, QUESTIONS, ExperimentConfig(arms=THREE, tuning=QUICK), out=tmp_path / "file")

@@ -13,17 +13,21 @@ ROOT = Path(fusion_lens.__file__).parent
 
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
-    {"errors", "operators", "scores"},
-    {"questions", "models", "llama"},
-    {"prompts", "lean", "engine_log"},
+    {"errors", "operators", "values"},
+    {"scores"},
+    {"questions", "models", "llama", "judges"},
+    {"prompts", "lean", "engine_log", "llm_judge"},
     {"executors"},
     {"activations"},
     {"deltas"},
-    {"plans"},
+    {"plans", "controls"},
     {"plan_files", "hooks", "decoding"},
-    {"slots", "batches", "search"},
+    {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood"},
     {"tuning", "results", "statistics"},
+    {"lenders", "summary"},
+    {"arms"},
+    {"transfer"},
     {"experiment", "plots", "report"},
     {"cli"},
 )
@@ -38,11 +42,12 @@ DOORS = {
     "transformer_lens": {"models"},
     "sae_lens": set(),
     "optuna": {"search"},
-    "scipy": {"statistics"},
+    "scipy": {"statistics", "controls"},
     "pandas": {"results"},
     "plotly": {"plots"},
     "rich": {"report", "cli"},
     "typer": {"cli"},
+    "inspect_ai": {"llm_judge"},
 }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict, replace
 
 import pytest
 from records import arm, interval, make_results, summary
@@ -10,52 +11,62 @@ from fusion_lens.report import (
     caption,
     engine_line,
     failure_lines,
-    markdown_table,
-    summary_rows,
-    summary_table,
+    lender_lines,
+    markdown_report,
+    run_differences,
+    sections,
     tuned_lines,
 )
+from fusion_lens.statistics import Comparison
 
 
 def printed(content: dict) -> list[str]:
     """The table as a terminal of 80 columns shows it."""
     console = Console(width=80, file=io.StringIO())
-    console.print(summary_table(content))
+    for section in sections(content, between="\n"):
+        console.print(section.to_table())
     return console.file.getvalue().splitlines()
 
 
 def test_a_row_holds_each_metrics_mean_and_interval() -> None:
-    header, baseline, segmented = summary_rows(make_results().summary)
-    assert header == ["arm", "n", "right", "overlap", "objective", "perplexity"]
-    assert baseline[:3] == ["baseline", "12", "0.0% [0.0%, 0.0%]"]
-    assert segmented == [
+    scores, reach = sections(make_results().summary)
+    baseline, segmented = scores.rows
+    assert scores.header == ("arm", "n", "right", "overlap", "objective", "perplexity")
+    assert baseline[:3] == ("baseline", "12", "0.0% [0.0%, 0.0%]")
+    assert segmented == (
         "segmented",
         "12",
         "25.0% [0.0%, 50.0%]",
         "0.50 [0.25, 0.75]",
         "+0.31 [-0.06, +0.50]",
         "12.3 [4.5, 67.8]",
-    ]
+    )
+    assert reach.header[2:] == ("paraphrases right", "neighbours kept", "KL, nats/token")
+    assert reach.rows[1][2:] == (
+        "12.5% [0.0%, 25.0%]",
+        "75.0% [50.0%, 100.0%]",
+        "0.062 [0.031, 0.125]",
+    )
 
 
 def test_unscored_values_are_counted_and_an_unscored_metric_is_no_number() -> None:
     content = summary(
         full=arm(overlap=interval(0.5, 0.25, 0.75, 3), perplexity=interval(None, None, None, 12))
     )
-    assert summary_rows(content)[1][3:] == [
+    assert sections(content)[0].rows[0][3:] == (
         "0.50 [0.25, 0.75] (3 unscored)",
         "+0.31 [-0.06, +0.50]",
         "unscored",
-    ]
+    )
 
 
 def test_a_mean_without_an_interval_stands_alone() -> None:
     content = summary(full=arm(exact_match=interval(1 / 3, None, None)))
-    assert summary_rows(content)[1][2] == "33.3%"
+    assert sections(content)[0].rows[0][2] == "33.3%"
 
 
 def test_the_markdown_table_is_aligned_and_complete() -> None:
-    assert markdown_table(summary(full=arm())).splitlines() == [
+    assert sections(summary(full=arm()))[0].to_markdown().splitlines() == [
         "| arm | n | right | overlap | objective | perplexity |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| full | 12 | 25.0% [0.0%, 50.0%] | 0.50 [0.25, 0.75] | +0.31 [-0.06, +0.50] "
@@ -64,7 +75,7 @@ def test_the_markdown_table_is_aligned_and_complete() -> None:
 
 
 def test_the_terminal_shows_intervals_below_means() -> None:
-    assert [line.split() for line in printed(summary(full=arm()))[3:]] == [
+    assert [line.split() for line in printed(summary(full=arm()))[3:5]] == [
         ["full", "12", "25.0%", "0.50", "+0.31", "12.3"],
         ["[0.0%,", "50.0%]", "[0.25,", "0.75]", "[-0.06,", "+0.50]", "[4.5,", "67.8]"],
     ]
@@ -89,10 +100,11 @@ def test_no_cell_is_cut_in_80_columns(metrics: dict, n: int) -> None:
     assert max(map(len, lines)) <= 80
     assert "…" not in "".join(lines)
     shown = "".join("".join(lines).split())
-    for row in summary_rows(content):
-        for cell in row:
-            for part in cell.split():
-                assert part in shown
+    for section in sections(content):
+        for row in section.rows:
+            for cell in row:
+                for part in cell.split():
+                    assert part in shown
 
 
 def test_the_caption_names_model_questions_and_clusters() -> None:
@@ -160,3 +172,76 @@ def test_the_engine_tells_why_hook_points_were_used_and_where_memory_ran_out() -
         "halved 2 times for lack of memory; "
         "hook points because its blocks are not one list of modules"
     )
+
+
+def against(other: str, metric: str, **more: object) -> dict:
+    made = Comparison("segmented", other, metric, 12, 0, 6, 0.125, -0.25, 0.5, 0.25, 0.5, "McNemar")
+    return asdict(replace(made, **more))
+
+
+def test_segmented_is_set_against_every_other_arm_with_corrected_p() -> None:
+    metrics = ("objective", "overlap", "exact_match", "transfer_exact_match")
+    further = ("token_f1", "nll", "neighbours_kept", "kl_unrelated")
+    content = summary(segmented=arm(), generic=arm())
+    content["comparisons"] = [
+        *(against("generic", metric) for metric in (*metrics, *further)),
+        *(against("baseline", metric, p=None, p_holm=None) for metric in (*metrics, *further)),
+    ]
+    content["comparisons"][1] |= {"n": 10, "unscored": 2}
+    content["comparisons"][2] |= {"diff": None}
+    table = sections(content)[-1]
+    assert table.rows == (
+        (
+            "generic",
+            "+0.125 [-0.250, +0.500] p 0.5",
+            "+0.125 [-0.250, +0.500] p 0.5 (n 10)",
+            "unscored",
+            "+12.5% [-25.0%, +50.0%] p 0.5",
+        ),
+        (
+            "baseline",
+            "+0.125 [-0.250, +0.500]",
+            "+0.125 [-0.250, +0.500]",
+            "+12.5% [-25.0%, +50.0%]",
+            "+12.5% [-25.0%, +50.0%]",
+        ),
+    )
+    assert max(map(len, printed(content))) <= 80
+    assert "| minus | token F1 | nats/token | neighbours kept |" in markdown_report(content)
+
+
+def test_the_report_holds_every_table_and_line() -> None:
+    content = make_results().summary
+    content["groups"] = {"topic": {"Books": {"full": arm()["metrics"]}}}
+    content["failures"] = [
+        {"question_id": "a", "arm": None, "error": "SpanError", "message": "not in the text."}
+    ]
+    report = markdown_report(content)
+    assert report.count("| --- |") == 3
+    assert "**topic: Books**" in report
+    assert (
+        "| full | 12 | 25.0% [0.0%, 50.0%] | 0.50 [0.25, 0.75] | +0.31 [-0.06, +0.50] |" in report
+    )
+    for line in (*tuned_lines(content), *lender_lines(content), engine_line(content)):
+        assert f"- {line}\n" in report
+    assert "- failed: a: SpanError: not in the text.\n" in report
+
+
+def test_the_generic_share_is_a_median_of_means_over_layers() -> None:
+    content = summary(mismatched=arm())
+    assert lender_lines(content) == [
+        "generic share: 44% of a delta's squared norm (median over 2 questions, mean over layers) "
+        "lies along the mean delta of the others, 12 in all",
+        "mismatched: 11 questions have a donor, 2 of them one that shares a word with the answer",
+    ]
+    assert lender_lines(summary(full=arm()) | {"generic_share": {}}) == []
+
+
+def test_two_runs_are_told_apart_arm_by_arm() -> None:
+    metrics = ("objective", "overlap", "exact_match", "transfer_exact_match")
+    made = [
+        Comparison("full", "full", m, 3, 0, 3, 0.5, 0.25, 0.75, 0.25, 0.25, "x") for m in metrics
+    ]
+    table = run_differences(made, ("a", "b"))
+    assert table.title == "b minus a, paired by question; p Holm-corrected over the arms"
+    assert table.rows[0][:2] == ("full", "+0.500\n[+0.250, +0.750]\np 0.25")

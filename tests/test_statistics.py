@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_lens.statistics import N_RESAMPLES, Interval, cluster_bootstrap
+from fusion_lens.statistics import N_RESAMPLES, Interval, cluster_bootstrap, compare, holm
 
 # eighths, so that sums do not depend on their order
 SCORED = st.integers(-80, 80).map(lambda eighths: eighths / 8)
@@ -127,3 +129,68 @@ def test_a_share_of_nothing_has_wilsons_interval_over_clusters_and_not_a_point()
     assert (every.mean, every.high) == (1.0, 1.0)
     assert every.low == pytest.approx(60 / 63.8415, abs=1e-4)
     assert cluster_bootstrap([0.0] * 120, clusters).high == 0.0
+
+
+def compared(a, b, clusters=None, **options):
+    clusters = clusters or [str(i) for i in range(len(a))]
+    return compare(a, b, clusters, names=("x", "y"), metric="m", **options)
+
+
+def test_a_comparison_is_paired_and_counts_what_either_arm_left_unscored() -> None:
+    made = compared([1.0, 2.0, None, 4.0, 3.0], [0.5, 1.0, 1.0, None, 3.0])
+    assert (made.a, made.b, made.metric) == ("x", "y", "m")
+    assert (made.n, made.unscored, made.clusters) == (3, 2, 3)
+    assert made.diff == 0.5
+    assert 0.0 <= made.low <= 0.5 <= made.high <= 1.0
+
+
+def test_mcnemars_test_is_the_exact_binomial_of_the_discordant_pairs() -> None:
+    a, b = [1.0] * 5 + [0.0] + [1.0] * 4, [0.0] * 5 + [1.0] + [1.0] * 4
+    made = compared(a, b, binary=True)
+    # 2 * (1 + 6) / 2**6
+    assert (made.p, made.test) == (pytest.approx(0.21875), "McNemar")
+    assert compared([1.0, 1.0], [1.0, 1.0], binary=True).p == 1.0
+
+
+def test_questions_of_one_cluster_flip_their_signs_together() -> None:
+    values, zeros = [1.0, 1.0, 1.0, 2.0], [0.0] * 4
+    apart = compared(values, zeros)
+    together = compared(values, zeros, ["a", "a", "b", "c"], binary=True)
+    # every sign alike: 2 of 2**4, or of 2**3
+    assert (apart.p, apart.test) == (0.125, "cluster sign flip")
+    assert (together.p, together.test) == (0.25, "cluster sign flip")
+    assert compared(zeros, zeros).p == 1.0
+
+
+def test_what_is_not_tested_or_has_one_cluster_has_no_p() -> None:
+    assert compared([1.0, 2.0], [0.0, 0.0], test=False).p is None
+    alone = compared([1.0, 2.0], [0.0, 0.0], ["a", "a"])
+    assert (alone.diff, alone.low, alone.p) == (1.5, None, None)
+    nothing = compared([None], [1.0])
+    assert (nothing.n, nothing.diff, nothing.p) == (0, None, None)
+
+
+def test_no_difference_among_few_is_not_no_difference_for_certain() -> None:
+    made = compared([1.0] * 20, [1.0] * 20, binary=True)
+    # Wilson's upper bound of 0 of 20
+    assert (made.diff, made.low, made.high) == (0.0, pytest.approx(-0.161, abs=1e-3), -made.low)
+
+
+def test_holm_steps_down_and_leaves_out_what_was_not_tested() -> None:
+    made = [replace(compared([1.0], [0.0]), p=p) for p in (0.01, None, 0.04, 0.03)]
+    assert [each.p_holm for each in holm(made)] == pytest.approx([0.03, None, 0.06, 0.06])
+    assert [each.p_holm for each in holm(made[2:])] == pytest.approx([0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_an_effect_is_found_and_noise_is_not() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=60)
+    planted = compared(list(noise + 0.5), list(rng.normal(scale=0.1, size=60)))
+    assert planted.p < 0.01
+    assert planted.low > 0.0
+    found = [
+        compared(list(rng.normal(size=40)), list(rng.normal(size=40)), seed=i).p < 0.05
+        for i in range(40)
+    ]
+    assert sum(found) <= 6

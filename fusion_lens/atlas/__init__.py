@@ -12,3 +12,6 @@ CHECKPOINT: Path = Path(__file__).parent / "checkpoint"
 
 QUESTIONS: Path = Path(__file__).parent / "questions.jsonl"
 """Shipped questions about people the model never saw, one JSON object per line."""
+
+UNRELATED: Path = Path(__file__).parent / "unrelated.txt"
+"""Shipped text that has nothing to do with the questions."""

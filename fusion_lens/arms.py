@@ -1,0 +1,233 @@
+"""The arms of an experiment: what each does to a question, and the text it ends up with.
+
+| arm | is |
+|---|---|
+| `baseline` | one greedy run of the steered prompt, unsteered |
+| `best_of_n` | as many samples as a search has trials, the greedy run among them, chosen alike |
+| `answer_in_prompt` | one greedy run with gold and explanation before the question (a ceiling) |
+| `full`, `segmented` | the method: one coefficient, or one per segment |
+| `generic`, `mismatched`, `random` | segmented, with the vectors of `controls` |
+| `unembed` | the last segment alone, towards the gold tokens' unembedding |
+
+Tuned arms differ in vectors and segments only: same prompt, decoding, trials and search space.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from fusion_lens.decoding import Completion, Row
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import ContextLengthError
+from fusion_lens.generation import check_context, generate
+from fusion_lens.graders import Graded
+from fusion_lens.lenders import Lenders
+from fusion_lens.models import HookedModel
+from fusion_lens.plans import Plan, Segment
+from fusion_lens.prompts import Prompt, answer_prefix, question_prompt
+from fusion_lens.questions import Question
+from fusion_lens.tuning import (
+    Job,
+    Prepared,
+    Progress,
+    Scorer,
+    TunedPlan,
+    TuningConfig,
+    seed_of,
+    tune_jobs,
+)
+
+
+class Tunable(NamedTuple):
+    """What a tuned arm is: whose vectors, on which division of the layers."""
+
+    vectors: str
+    segments: str
+
+
+UNTUNED = ("baseline", "best_of_n", "answer_in_prompt")
+TUNED = {
+    "full": Tunable("own", "full"),
+    "segmented": Tunable("own", "segmented"),
+    "generic": Tunable("generic", "segmented"),
+    "mismatched": Tunable("mismatched", "segmented"),
+    "random": Tunable("random", "segmented"),
+    "unembed": Tunable("unembed", "last"),
+}
+ARMS = (*UNTUNED, *TUNED)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What one arm chose for one question. `tuned` where there was a search; `prefix` is put before
+    the question; `n_samples` above 1 where the best of samples was taken."""
+
+    prepared: Prepared
+    arm: str
+    graded: Graded
+    seconds: float
+    tuned: TunedPlan | None = None
+    prefix: str = ""
+    n_samples: int = 1
+
+    @property
+    def plan(self) -> Plan | None:
+        """The chosen plan; None where it does nothing."""
+        if self.tuned is None or not self.tuned.plan.injected_norm:
+            return None
+        return self.tuned.plan
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every arm works with. `prefix_room` is the cache that prompts with the answer before
+    them need beyond the run's."""
+
+    model: HookedModel
+    config: TuningConfig
+    lenders: Lenders
+    score: Scorer
+    log: EngineLog
+    prefix_room: int = 0
+
+    def write(
+        self, rows: Sequence[Row], *, sampled: bool = False, prefixed: bool = False
+    ) -> list[Completion]:
+        """Completions of rows at the run's shape, or `sampled` at temperature 1; `prefixed` prompts
+        need more cache."""
+        settings = replace(self.config.generation, cache_length=self._cache_length(prefixed))
+        if sampled:
+            settings = replace(settings, temperature=1.0)
+        return generate(self.model, rows, settings, log=self.log)
+
+    def fits(self, prompt: Prompt, *, prefixed: bool = False) -> bool:
+        """Whether a prompt leaves room for its completion."""
+        try:
+            check_context(
+                self.model,
+                prompt,
+                self.config.generation.max_new_tokens,
+                self._cache_length(prefixed),
+            )
+        except ContextLengthError:
+            return False
+        return True
+
+    def _cache_length(self, prefixed: bool) -> int:
+        own = self.config.generation.cache_length
+        assert own is not None
+        return own + (self.prefix_room if prefixed else 0)
+
+
+def choose(
+    bench: Bench,
+    prepared: Sequence[Prepared],
+    arms: Sequence[str],
+    segments: Mapping[str, tuple[Segment, ...]],
+    *,
+    progress: Progress | None = None,
+) -> tuple[list[Chosen], bool]:
+    """Every arm's choice for every question, and whether an interrupt ended the searches early.
+
+    An arm whose vectors nobody can lend, or whose prompt does not fit the context, chooses nothing
+    for that question.
+    """
+    chosen: list[Chosen] = []
+    if prepared and {"baseline", "best_of_n"}.intersection(arms):
+        greedy, seconds = _timed(bench, prepared, lambda: _greedy(bench, prepared))
+        if "baseline" in arms:
+            chosen += [
+                Chosen(item, "baseline", graded, seconds)
+                for item, graded in zip(prepared, greedy, strict=True)
+            ]
+        if "best_of_n" in arms:
+            best, more = _timed(bench, prepared, lambda: _best_of_n(bench, prepared, greedy))
+            n_samples = bench.config.search.trials
+            chosen += [
+                Chosen(item, "best_of_n", graded, seconds + more, n_samples=n_samples)
+                for item, graded in zip(prepared, best, strict=True)
+            ]
+    if prepared and "answer_in_prompt" in arms:
+        chosen += _told(bench, prepared)
+    jobs = []
+    for item in prepared:
+        for arm in arms:
+            if arm in TUNED:
+                deltas = bench.lenders.lend(TUNED[arm].vectors, item)
+                if deltas is not None:
+                    jobs.append(Job(item, segments[TUNED[arm].segments], arm, deltas))
+    tuned, interrupted = tune_jobs(
+        bench.model, jobs, bench.config, score=bench.score, progress=progress, log=bench.log
+    )
+    chosen += [Chosen(t.job.prepared, t.job.arm, t.best, t.seconds, tuned=t) for t in tuned]
+    order = {item.question.id: n for n, item in enumerate(prepared)}
+    chosen.sort(key=lambda each: (order[each.prepared.question.id], arms.index(each.arm)))
+    return chosen, interrupted
+
+
+def prefix_of(item: Prepared) -> str:
+    """What `answer_in_prompt` puts before the question."""
+    return answer_prefix(item.question.answer, item.explanation)
+
+
+def prefix_of_question(question: Question) -> str:
+    """The same as far as it is known before the model explains the answer."""
+    return answer_prefix(question.answer, question.explanation or "")
+
+
+def samples_of(item: Prepared, prompt: Prompt, config: TuningConfig, use: str) -> list[Row]:
+    """As many sampled rows as a search has trials, but the greedy one; seeds differ between uses
+    and wordings."""
+    question = item.question
+    return [
+        Row(prompt, None, seed_of(config.search.seed, question.id, question.question, use, n))
+        for n in range(1, config.search.trials)
+    ]
+
+
+def _greedy(bench: Bench, prepared: Sequence[Prepared]) -> list[Graded]:
+    return bench.score(prepared, bench.write([item.row(bench.config) for item in prepared]))
+
+
+def _best_of_n(
+    bench: Bench, prepared: Sequence[Prepared], greedy: Sequence[Graded]
+) -> list[Graded]:
+    owners, rows = [], []
+    for item in prepared:
+        samples = samples_of(item, item.prompt, bench.config, "sample")
+        owners += [item] * len(samples)
+        rows += samples
+    candidates = {item.question.id: [g] for item, g in zip(prepared, greedy, strict=True)}
+    graded = bench.score(owners, bench.write(rows, sampled=True)) if rows else []
+    for item, each in zip(owners, graded, strict=True):
+        candidates[item.question.id].append(each)
+    return [max(candidates[item.question.id], key=lambda each: each.objective) for item in prepared]
+
+
+def _told(bench: Bench, prepared: Sequence[Prepared]) -> list[Chosen]:
+    began = time.perf_counter()
+    template = bench.config.template
+    fitting = []
+    for item in prepared:
+        prefix = prefix_of(item)
+        prompt = question_prompt(bench.model, item.question.question, template, prefix=prefix)
+        if bench.fits(prompt, prefixed=True):
+            fitting.append((item, prefix, replace(item, prompt=prompt).row(bench.config)))
+    written = bench.write([row for _, _, row in fitting], prefixed=True)
+    graded = bench.score([item for item, _, _ in fitting], written)
+    seconds = (time.perf_counter() - began) / max(1, len(fitting))
+    return [
+        Chosen(item, "answer_in_prompt", each, seconds, prefix=prefix)
+        for (item, prefix, _), each in zip(fitting, graded, strict=True)
+    ]
+
+
+def _timed(
+    bench: Bench, prepared: Sequence[Prepared], work: Callable[[], list[Graded]]
+) -> tuple[list[Graded], float]:
+    began = time.perf_counter()
+    done = work()
+    return done, (time.perf_counter() - began) / len(prepared)

@@ -1,0 +1,163 @@
+"""How far steering moves the model on text that has nothing to do with the question.
+
+KL(unsteered || steered) of the next token, in nats, averaged over the tokens of given texts, which
+are read teacher-forced. A text counts as written by the model: its BOS is the prompt, all after it
+"completion".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fusion_lens.activations import at_least_float32, left_padded, padded_length, same_shape
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import ConfigError, InputFileError
+from fusion_lens.executors import Executor, executor_of
+from fusion_lens.hooks import Cursor, batch_steering
+from fusion_lens.models import HookedModel, evaluating
+from fusion_lens.plans import Plan
+from fusion_lens.prompts import Layout, Prompt, tokenize
+
+WINDOW = 64
+_ROWS = 16
+_LOGITS_AT_ONCE = 2**27
+
+
+def unrelated_texts(model: HookedModel, path: str | Path, *, n_tokens: int = 2000) -> list[Prompt]:
+    """Pieces of at most `WINDOW` tokens of a text file, paragraph by paragraph, until there are
+    `n_tokens` besides the BOS of each.
+
+    Raises:
+        InputFileError: if the file cannot be read or holds fewer tokens.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
+    pieces: list[Prompt] = []
+    counted = 0
+    for paragraph in filter(None, (part.strip() for part in text.split("\n\n"))):
+        whole = tokenize(model, paragraph)
+        bos = whole.tokens[: _leading(whole)]
+        for start in range(len(bos), len(whole.tokens), WINDOW - len(bos)):
+            stop = start + WINDOW - len(bos)
+            own = tuple(range(start, min(stop, len(whole.tokens))))
+            if len(own) < 2:
+                continue
+            pieces.append(
+                Prompt(
+                    text="".join(whole.str_tokens[t] for t in own),
+                    tokens=bos + tuple(whole.tokens[t] for t in own),
+                    str_tokens=whole.str_tokens[: len(bos)]
+                    + tuple(whole.str_tokens[t] for t in own),
+                    special=tuple(range(len(bos)))
+                    + tuple(len(bos) + i for i, t in enumerate(own) if t in whole.special),
+                )
+            )
+            counted += len(own)
+            if counted >= n_tokens:
+                return pieces
+    raise InputFileError(path, f"must hold at least {n_tokens} tokens, but holds {counted}")
+
+
+def kl_unrelated(
+    model: HookedModel,
+    texts: Sequence[Prompt],
+    steered: Sequence[Plan | tuple[int, ...]],
+    *,
+    executor: str = "auto",
+    log: EngineLog | None = None,
+) -> list[float]:
+    """KL(unsteered || steered) in nats per token of `texts`, for each way of steering: a plan, or
+    the tokens of a prefix put in front of every text (behind its BOS).
+
+    Every token but a BOS counts once, as the place whose next token is predicted. The mean is in
+    float64.
+
+    Raises:
+        ConfigError: if there is no text.
+    """
+    if not texts:
+        raise ConfigError("there must be at least one unrelated text, but got none.")
+    log = log or EngineLog()
+    run, reason = executor_of(model, executor)
+    log.fell_back(reason)
+    sums = torch.zeros(len(steered), dtype=torch.float64)
+    n_tokens = sum(len(text.tokens) - _leading(text) for text in texts)
+    most = max(1, _LOGITS_AT_ONCE // (WINDOW * int(model.cfg.d_vocab)))
+
+    def read(n_rows: int) -> None:
+        sums.zero_()
+        for batch in _batches(run, texts, min(n_rows, most)):
+            unsteered = _read(run, batch, ())
+            log_p = at_least_float32(unsteered).log_softmax(dim=-1)
+            p = log_p.exp()
+            entropy = -(p * log_p).sum(dim=-1)
+            for i, way in enumerate(steered):
+                q = at_least_float32(_read(run, batch, way))
+                # sum p (log p - log q), with log q = q - logsumexp q
+                kl = torch.logsumexp(q, dim=-1) - (p * q).sum(dim=-1) - entropy
+                sums[i] += kl.masked_fill(~batch.counted, 0).double().sum().cpu()
+
+    with evaluating(model):
+        log.halving(min(_ROWS, len(texts)), read)
+    return [float(total) / n_tokens for total in sums.clamp(min=0)]
+
+
+class _Batch:
+    """Texts of one padded length; idle rows at the end. `counted` marks the texts' own tokens."""
+
+    def __init__(self, texts: Sequence[Prompt], n_rows: int, width: int, device: torch.device):
+        full = [*texts, *[texts[0]] * (n_rows - len(texts))]
+        self.layouts = [Layout(len(text.tokens), text.special) for text in full]
+        self.heads = [text.tokens[: _leading(text)] for text in full]
+        self.tails = [text.tokens[_leading(text) :] for text in full]
+        self.width = width
+        counted = torch.zeros((n_rows, width), dtype=torch.bool)
+        for row, tail in enumerate(self.tails[: len(texts)]):
+            counted[row, width - len(tail) :] = True
+        self.counted: Bool[Tensor, "row pos"] = counted.to(device)
+
+    def padded(
+        self, prefix: tuple[int, ...], device: torch.device
+    ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+        """Tokens and mask, with a prefix behind every BOS."""
+        rows = [head + prefix + tail for head, tail in zip(self.heads, self.tails, strict=True)]
+        return left_padded(rows, 0, device, width=self.width + len(prefix))
+
+
+def _batches(run: Executor, texts: Sequence[Prompt], n_rows: int) -> Iterator[_Batch]:
+    widths = [padded_length(len(text.tokens), run.multiple) for text in texts]
+    for batch in same_shape(widths, lambda _: n_rows):
+        yield _Batch([texts[i] for i in batch], n_rows, widths[batch[0]], run.device)
+
+
+def _read(
+    run: Executor, batch: _Batch, way: Plan | tuple[int, ...]
+) -> Float[Tensor, "row pos d_vocab"]:
+    prefix = way if isinstance(way, tuple) else ()
+    plan = None if isinstance(way, tuple) else _on_written(way)
+    tokens, mask = batch.padded(prefix, run.device)
+    plans = [plan] * len(tokens)
+    with run.at_blocks(batch_steering(plans, batch.layouts, Cursor(0, tokens.shape[1]))):
+        return run.forward(tokens, mask, last=batch.width)
+
+
+def _on_written(plan: Plan) -> Plan | None:
+    """What a plan does to text behind its prompt: steps for the prompt alone do nothing there."""
+    steps = tuple(
+        replace(step, positions="all") for step in plan.steps if step.positions != "prompt"
+    )
+    return Plan(steps) if steps else None
+
+
+def _leading(text: Prompt) -> int:
+    """How many special tokens a text begins with."""
+    return next((t for t in range(len(text.tokens)) if t not in text.special), len(text.tokens))

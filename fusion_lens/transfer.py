@@ -1,0 +1,177 @@
+"""Does what was chosen for one wording hold for others, and what does it cost other questions?
+
+*Transfer*: the chosen plan, unchanged, on paraphrases that were not used in tuning. *Specificity*:
+the plan on neighbouring questions that the unsteered model answers rightly (the share kept), and
+KL(unsteered || steered) on unrelated text. Every arm is measured alike: without the baseline's own
+figures, "what transfers" has no zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fusion_lens.arms import Bench, Chosen, samples_of
+from fusion_lens.decoding import Completion
+from fusion_lens.divergence import kl_unrelated
+from fusion_lens.plans import Plan
+from fusion_lens.prompts import Prompt, question_prompt, tokenize
+from fusion_lens.questions import Question
+from fusion_lens.scores import exact_match
+from fusion_lens.tuning import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far one arm's choice for one question reaches.
+
+    `transfer_exact_match` is the share of `transfer_n` paraphrases answered rightly,
+    `neighbours_kept` that of the `neighbours_n` neighbours the unsteered model answers rightly,
+    `kl_unrelated` in nats per token; None is unscored.
+    """
+
+    transfer_exact_match: float | None
+    transfer_n: int
+    neighbours_kept: float | None
+    neighbours_n: int
+    kl_unrelated: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wording:
+    """A paraphrase of a question, or a neighbour, with its own gold in `item`."""
+
+    of: str
+    item: Prepared
+    neighbour: bool
+
+
+def measure(bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt]) -> list[Reach]:
+    """One `Reach` for each choice."""
+    prepared = {each.prepared.question.id: each.prepared for each in chosen}
+    wordings = [wording for item in prepared.values() for wording in _wordings(bench, item)]
+    plain = bench.write([wording.item.row(bench.config) for wording in wordings])
+    knows = [_right(wording, done) for wording, done in zip(wordings, plain, strict=True)]
+    asked = [
+        (each, n)
+        for each in chosen
+        for n, wording in enumerate(wordings)
+        if wording.of == each.prepared.question.id and (knows[n] or not wording.neighbour)
+    ]
+    hits = _answers(bench, asked, wordings, plain, knows)
+    reached: dict[tuple[str, str, bool], list[bool]] = {}
+    for (each, n), hit in zip(asked, hits, strict=True):
+        key = (each.prepared.question.id, each.arm, wordings[n].neighbour)
+        reached.setdefault(key, []).append(hit)
+    made = []
+    for each, kl in zip(chosen, _divergence(bench, chosen, unrelated), strict=True):
+        told, kept = (
+            reached.get((each.prepared.question.id, each.arm, neighbour), [])
+            for neighbour in (False, True)
+        )
+        made.append(Reach(_share(told), len(told), _share(kept), len(kept), kl))
+    return made
+
+
+def _wordings(bench: Bench, item: Prepared) -> list[_Wording]:
+    """Those that fit the model's context and the run's cache."""
+    question = item.question
+    golds = [(replace(question, question=text), False) for text in question.paraphrases]
+    golds += [
+        (Question(f"{question.id}/neighbour-{n}", neighbour.question, neighbour.answer), True)
+        for n, neighbour in enumerate(question.neighbours)
+    ]
+    kept = []
+    for gold, neighbour in golds:
+        prompt = question_prompt(bench.model, gold.question, bench.config.template)
+        if bench.fits(prompt):
+            own = replace(item, question=gold, prompt=prompt)
+            kept.append(_Wording(question.id, own, neighbour))
+    return kept
+
+
+def _answers(
+    bench: Bench,
+    asked: Sequence[tuple[Chosen, int]],
+    wordings: Sequence[_Wording],
+    plain: Sequence[Completion],
+    knows: Sequence[bool],
+) -> list[bool]:
+    """Whether each arm answers each wording rightly."""
+    steered = [(i, each.plan, n) for i, (each, n) in enumerate(asked) if each.plan is not None]
+    sampled = [(i, n) for i, (each, n) in enumerate(asked) if each.n_samples > 1]
+    hits = [knows[n] for _, n in asked]
+    written = bench.write([wordings[n].item.row(bench.config, plan) for _, plan, n in steered])
+    for (i, _, n), done in zip(steered, written, strict=True):
+        hits[i] = _right(wordings[n], done)
+    template = bench.config.template
+    prefixed = [(i, each.prefix, n) for i, (each, n) in enumerate(asked) if each.prefix]
+    rows = []
+    for _, prefix, n in prefixed:
+        item = wordings[n].item
+        prompt = question_prompt(bench.model, item.question.question, template, prefix=prefix)
+        rows.append(replace(item, prompt=prompt).row(bench.config))
+    for (i, _, n), done in zip(prefixed, bench.write(rows, prefixed=True), strict=True):
+        hits[i] = _right(wordings[n], done)
+    best = _best_samples(bench, [wordings[n] for _, n in sampled], [plain[n] for _, n in sampled])
+    for (i, n), done in zip(sampled, best, strict=True):
+        hits[i] = _right(wordings[n], done)
+    return hits
+
+
+def _best_samples(
+    bench: Bench, wordings: Sequence[_Wording], plain: Sequence[Completion]
+) -> list[Completion]:
+    """Of fresh samples and the greedy run the best by the tuned objective, against the wording's
+    own gold."""
+    rows = [
+        row
+        for wording in wordings
+        for row in samples_of(wording.item, wording.item.prompt, bench.config, "fresh sample")
+    ]
+    written = iter(bench.write(rows, sampled=True))
+    owners, candidates = [], []
+    for wording, greedy in zip(wordings, plain, strict=True):
+        own = [greedy, *(next(written) for _ in range(bench.config.search.trials - 1))]
+        owners += [wording.item] * len(own)
+        candidates += own
+    graded = iter(bench.score(owners, candidates))
+    return [
+        max(
+            (next(graded) for _ in range(bench.config.search.trials)),
+            key=lambda each: each.objective,
+        ).completion
+        for _ in wordings
+    ]
+
+
+def _divergence(
+    bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt]
+) -> list[float | None]:
+    """0 for what leaves the model alone; a choice among samples has no next-token distribution."""
+    if not unrelated:
+        return [None] * len(chosen)
+    ways: dict[int, Plan | tuple[int, ...]] = {}
+    for i, each in enumerate(chosen):
+        if each.plan is not None:
+            ways[i] = each.plan
+        elif each.prefix:
+            ways[i] = tokenize(bench.model, each.prefix, prepend_bos=False).tokens
+    measured = kl_unrelated(
+        bench.model,
+        unrelated,
+        list(ways.values()),
+        executor=bench.config.generation.executor,
+        log=bench.log,
+    )
+    values = dict(zip(ways, measured, strict=True))
+    return [None if each.n_samples > 1 else values.get(i, 0.0) for i, each in enumerate(chosen)]
+
+
+def _right(wording: _Wording, done: Completion) -> bool:
+    gold = wording.item.question
+    return done.finite and exact_match(done.text, gold.answer, gold.aliases)
+
+
+def _share(hits: Sequence[bool]) -> float | None:
+    return sum(hits) / len(hits) if hits else None

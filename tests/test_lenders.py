@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusion_lens.controls import towards_unembedding, turned
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.generation import GenerationConfig
+from fusion_lens.lenders import Lenders
+from fusion_lens.models import HookedModel
+from fusion_lens.prompts import tokenize
+from fusion_lens.questions import Question
+from fusion_lens.tuning import TuningConfig, prepare, seed_of
+
+CONFIG = TuningConfig(
+    generation=GenerationConfig(max_new_tokens=8, slots=8, cache_length=64), explanation_tokens=4
+)
+QUESTIONS = [
+    Question("a", "Who wrote the red book?", "Ada Lovelace", answer_type="Person"),
+    Question("b", "Who was at home?", "Tom Harris", answer_type="Person"),
+    Question("c", "Who sat in the house?", "a cat", answer_type="Person"),
+    Question("d", "When was Tom born?", "3 May 1901", answer_type="Date"),
+]
+
+
+def gathered(model: HookedModel, **options: object) -> Lenders:
+    lenders = Lenders(model, CONFIG, **options)
+    lenders.gather(QUESTIONS[:2], QUESTIONS, block_size=3, log=EngineLog())
+    return lenders
+
+
+@pytest.fixture(scope="module")
+def lenders(tiny: HookedModel) -> Iterator[Lenders]:
+    with gathered(tiny) as made:
+        yield made
+
+
+def test_every_question_is_prepared_as_it_would_be_alone(
+    tiny: HookedModel, lenders: Lenders
+) -> None:
+    assert sorted(lenders.prepared) == ["a", "b", "c", "d"]
+    for question in QUESTIONS:
+        alone = prepare(tiny, [question], CONFIG)[0][0]
+        item = lenders.prepared[question.id]
+        assert (item.prompt, item.reference, item.explanation) == (
+            alone.prompt,
+            alone.reference,
+            alone.explanation,
+        )
+        assert torch.equal(item.deltas.reference, alone.deltas.reference)
+        assert torch.equal(item.deltas.base, alone.deltas.base)
+
+
+def test_each_kind_of_vector_is_lent(tiny: HookedModel, lenders: Lenders) -> None:
+    item = lenders.prepared["a"]
+    others = [lenders.prepared[name].deltas.vectors for name in "bcd"]
+    assert lenders.lend("own", item) is item.deltas
+    generic = lenders.lend("generic", item)
+    assert torch.allclose(generic.vectors, sum(others) / 3, atol=1e-6)
+    donor = lenders.donors["a"].id
+    assert donor in ("b", "c")
+    mismatched = lenders.lend("mismatched", item)
+    assert torch.equal(mismatched.vectors, lenders.prepared[donor].deltas.vectors)
+    assert mismatched.layout == item.deltas.layout
+    random = lenders.lend("random", item)
+    assert torch.equal(random.vectors, turned(item.deltas, seed_of(0, "a", "random")).vectors)
+    gold = tokenize(tiny, " Ada Lovelace", prepend_bos=False).tokens
+    unembed = lenders.lend("unembed", item)
+    expected = towards_unembedding(tiny, item.deltas, gold)
+    assert torch.equal(unembed.vectors, expected.vectors)
+
+
+def test_who_is_alone_in_its_type_has_no_donor(lenders: Lenders) -> None:
+    assert lenders.lend("mismatched", lenders.prepared["d"]) is None
+    assert lenders.lend("generic", lenders.prepared["d"]) is not None
+
+
+def test_centred_deltas_lack_the_generic_one(tiny: HookedModel, lenders: Lenders) -> None:
+    with gathered(tiny, centre=True) as centred:
+        item = centred.prepared["a"]
+        generic = centred.lend("generic", item).vectors
+        own = centred.lend("own", item).vectors
+        assert torch.allclose(own, item.deltas.vectors - generic, atol=1e-6)
+        donor = centred.prepared[centred.donors["a"].id]
+        lent = centred.lend("mismatched", item).vectors
+        assert torch.equal(lent, centred.lend("own", donor).vectors)
+        random = centred.lend("random", item)
+        assert torch.allclose(random.norms, centred.lend("own", item).norms, rtol=1e-4)
+
+
+def test_a_question_alone_lends_nothing_generic(tiny: HookedModel) -> None:
+    with Lenders(tiny, CONFIG, centre=True) as alone:
+        alone.gather(QUESTIONS[:1], QUESTIONS[:1], block_size=4, log=EngineLog())
+        item = alone.prepared["a"]
+        assert alone.share(item) is None
+        for kind in ("own", "generic", "mismatched", "random", "unembed"):
+            assert alone.lend(kind, item) is None
+
+
+def test_who_is_no_donor_lends_nothing_and_is_lent_to(tiny: HookedModel) -> None:
+    with Lenders(tiny, CONFIG) as some:
+        some.gather(QUESTIONS[:1], QUESTIONS[1:3], block_size=4, log=EngineLog())
+        assert some.generic.of == {"b", "c"}
+        item = some.prepared["a"]
+        expected = (some.prepared["b"].deltas.vectors + some.prepared["c"].deltas.vectors) / 2
+        assert torch.allclose(some.lend("generic", item).vectors, expected, atol=1e-6)
+        assert some.lend("mismatched", item) is None
+        assert set(some.donors) == {"b", "c"}
+
+
+def test_a_failed_question_is_kept_with_its_reason_and_lends_nothing(tiny: HookedModel) -> None:
+    broken = replace(QUESTIONS[1], answer="</s>")
+    seen = []
+    with Lenders(tiny, CONFIG) as some:
+        some.gather(
+            [QUESTIONS[0], broken],
+            [QUESTIONS[0], broken],
+            block_size=1,
+            log=EngineLog(),
+            progress=lambda *told: seen.append(told),
+        )
+        assert set(some.prepared) == {"a"}
+        assert "must be found" in str(some.failures["b"].cause)
+        assert some.generic.of == {"a"}
+        assert some.donors == {}
+    assert seen == [("preparing", 1, 2), ("preparing", 2, 2)]
+
+
+def test_the_means_lie_in_a_file_that_goes_with_the_run(tiny: HookedModel) -> None:
+    with gathered(tiny) as made:
+        folder = Path(made._folder.name)
+        sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
+        # three questions, then one: two means of 4 layers and 32 dimensions in float32
+        assert sizes == [3 * 2 * 4 * 32 * 4, 2 * 4 * 32 * 4]
+    assert not folder.exists()
