@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from fusion_lens.plots import run_figures, write_figures
-from fusion_lens.report import caption, markdown_table, tuned_lines
+from fusion_lens.report import lender_lines, sections, tuned_lines
 from fusion_lens.results import load_results
 
 FIGURES = Path(__file__).parent
@@ -23,9 +23,10 @@ PROBES = FIGURES.parent / "fusion_lens" / "atlas" / "probes.json"
 
 def readme_blocks(summary: dict[str, object], probes: dict[str, object]) -> dict[str, str]:
     """The generated blocks of the README by name."""
-    lines = [f"- {line}" for line in tuned_lines(summary)]
+    tables = [f"**{part.title}**\n\n{part.to_markdown()}" for part in sections(summary)]
+    lines = [f"- {line}" for line in (*tuned_lines(summary), *lender_lines(summary))]
     return {
-        "results": "\n".join([caption(summary) + ".", "", markdown_table(summary), "", *lines]),
+        "results": "\n\n".join([*tables, "\n".join(lines)]),
         "probes": probe_table(probes),
     }
 

@@ -165,9 +165,9 @@ def run(
     question_id: Annotated[
         list[str] | None, typer.Option(help="Only this question; may be repeated.")
     ] = None,
-    arms: Annotated[
-        str | None, typer.Option(help="Comma-separated; all of them if not given.")
-    ] = None,
+    arms: Annotated[str, typer.Option(help="Comma-separated.")] = (
+        "baseline,best_of_n,answer_in_prompt,full,segmented,generic,mismatched,random,unembed"
+    ),
     centre: Annotated[
         bool, typer.Option("--centre", help="Subtract the other questions' mean delta.")
     ] = False,
@@ -189,7 +189,6 @@ def run(
 ) -> int:
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
-    from fusion_lens.arms import ARMS
     from fusion_lens.atlas import UNRELATED
     from fusion_lens.experiment import ExperimentConfig
     from fusion_lens.experiment import run as run_experiment
@@ -201,7 +200,7 @@ def run(
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
     config = ExperimentConfig(
-        arms=ARMS if arms is None else tuple(arms.split(",")),
+        arms=tuple(arms.split(",")),
         segments=_segments(segments),
         tuning=tuning,
         centre=centre,

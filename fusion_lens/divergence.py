@@ -30,8 +30,8 @@ _LOGITS_AT_ONCE = 2**27
 
 
 def unrelated_texts(model: HookedModel, path: str | Path, *, n_tokens: int = 2000) -> list[Prompt]:
-    """Pieces of at most `WINDOW` tokens of a text file, paragraph by paragraph, until there are
-    `n_tokens` besides the BOS of each.
+    """The beginning of a text file in pieces of `WINDOW` tokens, each behind a BOS if the model has
+    one: as few as hold `n_tokens` besides.
 
     Raises:
         InputFileError: if the file cannot be read or holds fewer tokens.
@@ -41,30 +41,19 @@ def unrelated_texts(model: HookedModel, path: str | Path, *, n_tokens: int = 200
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
-    pieces: list[Prompt] = []
-    counted = 0
-    for paragraph in filter(None, (part.strip() for part in text.split("\n\n"))):
-        whole = tokenize(model, paragraph)
-        bos = whole.tokens[: _leading(whole)]
-        for start in range(len(bos), len(whole.tokens), WINDOW - len(bos)):
-            stop = start + WINDOW - len(bos)
-            own = tuple(range(start, min(stop, len(whole.tokens))))
-            if len(own) < 2:
-                continue
-            pieces.append(
-                Prompt(
-                    text="".join(whole.str_tokens[t] for t in own),
-                    tokens=bos + tuple(whole.tokens[t] for t in own),
-                    str_tokens=whole.str_tokens[: len(bos)]
-                    + tuple(whole.str_tokens[t] for t in own),
-                    special=tuple(range(len(bos)))
-                    + tuple(len(bos) + i for i, t in enumerate(own) if t in whole.special),
-                )
-            )
-            counted += len(own)
-            if counted >= n_tokens:
-                return pieces
-    raise InputFileError(path, f"must hold at least {n_tokens} tokens, but holds {counted}")
+    whole = tokenize(model, text)
+    head = _leading(whole)
+    own = WINDOW - head
+    n_pieces = -(-n_tokens // own)
+    if len(whole.tokens) < head + n_pieces * own:
+        raise InputFileError(
+            path,
+            f"must hold at least {n_pieces * own} tokens, but holds {len(whole.tokens) - head}",
+        )
+    return [
+        _piece(whole, head, range(start, start + own))
+        for start in range(head, head + n_pieces * own, own)
+    ]
 
 
 def kl_unrelated(
@@ -161,3 +150,14 @@ def _on_written(plan: Plan) -> Plan | None:
 def _leading(text: Prompt) -> int:
     """How many special tokens a text begins with."""
     return next((t for t in range(len(text.tokens)) if t not in text.special), len(text.tokens))
+
+
+def _piece(whole: Prompt, head: int, kept: range) -> Prompt:
+    places = (*range(head), *kept)
+    str_tokens = tuple(whole.str_tokens[t] for t in places)
+    return Prompt(
+        text="".join(str_tokens[head:]),
+        tokens=tuple(whole.tokens[t] for t in places),
+        str_tokens=str_tokens,
+        special=tuple(i for i, t in enumerate(places) if t in whole.special),
+    )

@@ -185,7 +185,7 @@ def run(
             "mismatched": len(donated),
             "sharing_a_word": sum(shared > 0 for shared in donated),
         },
-        "unrelated_tokens": sum(len(text.tokens) for text in unrelated),
+        "unrelated_tokens": sum(len(text.tokens) - len(text.special) for text in unrelated),
         "engine": log.to_dict(),
         "interrupted": kept.interrupted,
         "seconds": round(time.perf_counter() - began, 2),

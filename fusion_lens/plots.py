@@ -21,8 +21,18 @@ from plotly.subplots import make_subplots
 from fusion_lens.errors import OutputError
 from fusion_lens.results import Result, Results
 
-ARM_COLOURS = {"baseline": "#8c8c8c", "full": "#0072b2", "segmented": "#d55e00"}
-_OTHER = "#009e73"
+ARM_COLOURS = {
+    "baseline": "#8c8c8c",
+    "best_of_n": "#56b4e9",
+    "answer_in_prompt": "#000000",
+    "full": "#0072b2",
+    "segmented": "#d55e00",
+    "generic": "#e69f00",
+    "mismatched": "#cc79a7",
+    "random": "#b8a700",
+    "unembed": "#009e73",
+}
+_OTHER = "#555555"
 _SHOWN = {
     "exact_match": "right (exact match)",
     "overlap": "overlap with gold",

@@ -24,8 +24,8 @@ _REACH = {
     "kl_unrelated": ("KL, nats/token", "{:.3f}"),
 }
 _DIFFERENCES = {
-    "objective": ("objective", "{:+.3f}"),
-    "overlap": ("overlap", "{:+.3f}"),
+    "objective": ("objective", "{:+.2f}"),
+    "overlap": ("overlap", "{:+.2f}"),
     "exact_match": ("right", "{:+.1%}"),
     "transfer_exact_match": ("paraphrases right", "{:+.1%}"),
 }

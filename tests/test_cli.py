@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from fusion_lens import cli, experiment
+from fusion_lens import arms, cli
+from fusion_lens.arms import ARMS
 from fusion_lens.experiment import ExperimentConfig
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
@@ -44,6 +45,7 @@ def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_pa
     code, out, _ = command(
         *("run", "--model", stories_folder, "--questions", questions, "--trials", 10),
         *("--max-new-tokens", 24, "--out", tmp_path / "run"),
+        *("--arms", "baseline,full,segmented"),
     )
     assert code == 0
     assert "stories260k: 2 questions" in out
@@ -109,7 +111,10 @@ def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
         (("run", "--trials", "0"), "trials must be at least 1, but got 0"),
         (("run", "--trials", "-3"), "trials must be at least 1, but got -3"),
         (("run", "--limit", "0"), "limit must be at least 1, but got 0"),
-        (("run", "--arms", "magic"), "arms must be one of baseline, full, segmented, but got"),
+        (
+            ("run", "--arms", "magic"),
+            "arms must be one of baseline, best_of_n, answer_in_prompt, full",
+        ),
         (("run", "--segments", "quarters"), "segments must be one of full, thirds, layers"),
         (("run", "--segments", "0"), "1 <= segments <= layers must hold"),
         (("run", "--segments", "²"), "segments must be one of full, thirds, layers, but got '²'"),
@@ -194,6 +199,43 @@ def test_texts_beyond_the_context_end_tune_and_generate(
         assert err.count("\n") == 1
 
 
+def test_a_run_is_reported_again_and_compared_with_another(
+    command, stories_folder, questions, tmp_path
+) -> None:
+    text = tmp_path / "unrelated.txt"
+    text.write_text("\n\n".join(["Once upon a time there was a cat and a dog."] * 200), "utf-8")
+    run = ("run", "--model", stories_folder, "--questions", questions, "--max-new-tokens", 8)
+    run = (*run, "--trials", 3, "--explanation-tokens", 4, "--unrelated", text)
+    code, out, _ = command(*run, "--out", tmp_path / "one")
+    assert code == 0
+    arms_shown = {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert set(ARMS) <= arms_shown
+    for said in (
+        "paraphrases right",
+        "KL, nats/token",
+        "segmented minus another arm",
+        "generic share",
+    ):
+        assert said in " ".join(out.split())
+    summary = load_results(tmp_path / "one").summary
+    assert summary["unrelated_tokens"] >= 2000
+    assert all(v is not None for v in summary["arms"]["full"]["metrics"]["kl_unrelated"].values())
+    written = (tmp_path / "one" / "report.md").read_text("utf-8")
+    (tmp_path / "one" / "report.md").unlink()
+    code, again, _ = command("report", tmp_path / "one")
+    assert code == 0
+    assert again.splitlines()[:30] == out.splitlines()[:30]
+    assert (tmp_path / "one" / "report.md").read_text("utf-8") == written
+    code, _, _ = command(*run, "--arms", "full,segmented", "--centre", "--out", tmp_path / "two")
+    assert code == 0
+    code, out, _ = command("compare", tmp_path / "one", tmp_path / "two")
+    assert code == 0
+    assert "two minus" in " ".join(out.split())
+    rows = {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert {"full", "segmented"} <= rows
+    assert "generic" not in rows
+
+
 def test_an_output_folder_that_cannot_be_written_fails_before_the_work(
     command, questions, tmp_path
 ) -> None:
@@ -213,7 +255,7 @@ def test_an_interrupted_run_says_so_and_exits_with_130(
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "tune_jobs", interrupted)
+    monkeypatch.setattr(arms, "tune_jobs", interrupted)
     code, out, _ = command(
         "run", "--model", stories_folder, "--questions", questions, "--out", tmp_path / "run"
     )
@@ -226,6 +268,9 @@ def test_the_defaults_of_the_command_line_are_those_of_the_configs() -> None:
     defaults, tuning = ExperimentConfig(), TuningConfig()
     expected = {
         "arms": ",".join(defaults.arms),
+        "centre": defaults.centre,
+        "reach": defaults.reach,
+        "unrelated": defaults.unrelated,
         "segments": defaults.segments,
         "trials": tuning.search.trials,
         "round_size": tuning.search.round_size,

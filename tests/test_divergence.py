@@ -68,26 +68,26 @@ def test_what_is_measured_does_not_depend_on_what_else_is(
         kl_unrelated(tiny, [], [plan])
 
 
-def test_a_file_is_read_in_pieces_until_there_are_tokens_enough(
+def test_a_file_is_read_in_as_few_pieces_as_hold_tokens_enough(
     tiny: HookedModel, tmp_path: Path
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(["Once there was a cat. " * 20, "Tom went home."] * 4), "utf-8")
     pieces = unrelated_texts(tiny, path, n_tokens=200)
-    bos = tiny.tokenizer.bos_token_id
-    assert all(piece.tokens[0] == bos for piece in pieces)
-    assert all(piece.special == (0,) for piece in pieces)
-    assert max(len(piece.tokens) for piece in pieces) == WINDOW
-    counted = [len(piece.tokens) - 1 for piece in pieces]
-    assert sum(counted) >= 200 > sum(counted[:-1])
-    whole = tokenize(tiny, ("Once there was a cat. " * 20).strip()).tokens[1:]
-    assert pieces[0].tokens[1:] + pieces[1].tokens[1:] == whole[: 2 * (WINDOW - 1)]
+    whole = tokenize(tiny, path.read_text("utf-8")).tokens
+    # 200 tokens in pieces of 63
+    assert len(pieces) == 4
+    for n, piece in enumerate(pieces):
+        assert len(piece.tokens) == WINDOW
+        assert piece.special == (0,)
+        assert piece.tokens[0] == tiny.tokenizer.bos_token_id
+        assert piece.tokens[1:] == whole[1 + 63 * n : 1 + 63 * (n + 1)]
 
 
 def test_a_file_that_is_too_short_or_missing_is_named(tiny: HookedModel, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("Once there was a cat.", "utf-8")
-    with pytest.raises(InputFileError, match=r"must hold at least 2000 tokens, but holds \d+"):
+    with pytest.raises(InputFileError, match=r"must hold at least 2016 tokens, but holds \d+"):
         unrelated_texts(tiny, path)
     with pytest.raises(InputFileError, match="must be readable UTF-8 text"):
         unrelated_texts(tiny, tmp_path / "none.txt")

@@ -193,15 +193,15 @@ def test_segmented_is_set_against_every_other_arm_with_corrected_p() -> None:
     assert table.rows == (
         (
             "generic",
-            "+0.125 [-0.250, +0.500] p 0.5",
-            "+0.125 [-0.250, +0.500] p 0.5 (n 10)",
+            "+0.12 [-0.25, +0.50] p 0.5",
+            "+0.12 [-0.25, +0.50] p 0.5 (n 10)",
             "unscored",
             "+12.5% [-25.0%, +50.0%] p 0.5",
         ),
         (
             "baseline",
-            "+0.125 [-0.250, +0.500]",
-            "+0.125 [-0.250, +0.500]",
+            "+0.12 [-0.25, +0.50]",
+            "+0.12 [-0.25, +0.50]",
             "+12.5% [-25.0%, +50.0%]",
             "+12.5% [-25.0%, +50.0%]",
         ),
@@ -244,4 +244,4 @@ def test_two_runs_are_told_apart_arm_by_arm() -> None:
     ]
     table = run_differences(made, ("a", "b"))
     assert table.title == "b minus a, paired by question; p Holm-corrected over the arms"
-    assert table.rows[0][:2] == ("full", "+0.500\n[+0.250, +0.750]\np 0.25")
+    assert table.rows[0][:2] == ("full", "+0.50\n[+0.25, +0.75]\np 0.25")
