@@ -21,6 +21,7 @@ import typer
 from fusion_lens.errors import ConfigError, FusionLensError, OutputError, QuestionError
 
 if TYPE_CHECKING:
+    from fusion_lens.judges import Judge
     from fusion_lens.models import HookedModel
     from fusion_lens.questions import Question
     from fusion_lens.tuning import Progress
@@ -165,6 +166,28 @@ def run(
     question_id: Annotated[
         list[str] | None, typer.Option(help="Only this question; may be repeated.")
     ] = None,
+    topic: Annotated[str | None, typer.Option(help="Only questions of this topic.")] = None,
+    answer_type: Annotated[
+        str | None, typer.Option(help="Only questions of this answer type.")
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(help="A seeded sample of so many, in proportion to topics and answer types."),
+    ] = None,
+    failed: Annotated[
+        bool,
+        typer.Option("--select-failed", help="Only questions the unsteered model gets wrong."),
+    ] = False,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="lexical (offline), or a model as inspect-ai names it: openai/gpt-4o, "
+            "anthropic/..., ollama/..., hf/...; keys come from the environment."
+        ),
+    ] = "lexical",
+    judge_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps a judge model's replies.")
+    ] = None,
     arms: Annotated[str, typer.Option(help="Comma-separated.")] = (
         "baseline,best_of_n,answer_in_prompt,full,segmented,generic,mismatched,random,unembed"
     ),
@@ -193,9 +216,10 @@ def run(
     from fusion_lens.experiment import ExperimentConfig
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.plots import run_figures, write_figures
-    from fusion_lens.questions import select_questions
+    from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.results import write_text
+    from fusion_lens.selection import select_failed
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
@@ -209,29 +233,49 @@ def run(
         storage=storage,
     )
     available = _questions(questions, model)
-    chosen = select_questions(
+    donors = select_questions(
         available,
         split=None if question_id else split,
         ids=tuple(question_id or ()),
-        limit=None if question_id else limit,
+        topic=topic,
+        answer_type=answer_type,
     )
-    source = {
+    chosen = donors if sample is None else stratified(donors, sample, tuning.search.seed)
+    if not question_id:
+        chosen = chosen[:limit]
+    source: dict[str, Any] = {
         "file": "atlas" if questions is None else questions.name,
         "split": None if question_id else split,
+        "topic": topic,
+        "answer_type": answer_type,
+        "sample": sample,
         "limit": None if question_id else limit,
-        "available": sum(q.split in (None, split) for q in available),
+        "available": len(donors),
     }
-    splits = {question.split for question in chosen}
     _require_writable(out / "results.jsonl")
+    judging = _judge(judge, judge_cache)
     opened = _load(model, dtype, device)
     with _progress() as progress:
+        if failed:
+            selected = select_failed(opened, chosen, tuning, judge=judging, progress=progress)
+            chosen = list(selected.questions)
+            source["selected"] = selected.to_dict()
+            if not chosen:
+                raise QuestionError(
+                    f"at least one question must be failed, but the model is right on all "
+                    f"{selected.asked}."
+                )
+        if question_id:
+            splits = {question.split for question in chosen}
+            donors = [question for question in available if question.split in splits]
         results = run_experiment(
             opened,
             chosen,
             config,
             out=out,
             pool=available,
-            donors=[question for question in available if question.split in splits],
+            donors=donors,
+            judge=judging,
             source=source,
             progress=progress,
         )
@@ -424,6 +468,18 @@ def _print_tables(summary: dict[str, Any]) -> None:
 
 def _segments(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
+
+
+def _judge(name: str, cache: Path | None) -> Judge:
+    from fusion_lens.judges import LexicalJudge
+
+    if name == "lexical":
+        return LexicalJudge()
+    from fusion_lens.llm_judge import LLMJudge
+
+    judge = LLMJudge(name, cache=cache)
+    judge.open()
+    return judge
 
 
 def _questions(path: Path | None, model: str | None) -> list[Question]:

@@ -20,6 +20,7 @@ from fusion_lens.arms import ARMS, TUNED, Bench, Chosen, choose, prefix_of_quest
 from fusion_lens.divergence import unrelated_texts
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError, one_of
+from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.plan_files import save_plan
@@ -102,6 +103,7 @@ def run(
     out: str | Path | None = None,
     pool: Sequence[Question] | None = None,
     donors: Sequence[Question] | None = None,
+    judge: Judge | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
@@ -109,8 +111,9 @@ def run(
 
     `pool` is every question of the file, those included that are not run: slots and cache length
     come from it, so that another selection gives the same numbers. `donors` lend their deltas to
-    control arms: all questions of the split. Without them both are `questions`. `source` tells
-    where the questions are from, for the provenance.
+    control arms: all questions of the split. Without them both are `questions`. `judge` labels
+    what every arm chose (None: by spelling and value). `source` tells where the questions are from,
+    for the provenance.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
     the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
@@ -122,6 +125,7 @@ def run(
         OutputError: if `out` cannot be written.
     """
     config = config or ExperimentConfig()
+    judge = judge or LexicalJudge()
     ids = [question.id for question in questions]
     if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
@@ -161,7 +165,7 @@ def run(
                 )
                 block = [q.id for q in questions[start : start + config.block_size]]
                 shown = _within(progress, done=start, of=len(questions), config=config)
-                _run_block(bench, block, config, segments, unrelated, kept, folder, shown)
+                _run_block(bench, block, config, segments, unrelated, judge, kept, folder, shown)
                 if kept.interrupted:
                     break
         except KeyboardInterrupt:
@@ -185,6 +189,7 @@ def run(
             "mismatched": len(donated),
             "sharing_a_word": sum(shared > 0 for shared in donated),
         },
+        "judge": {"name": judge.name, **_costs(judge)},
         "unrelated_tokens": sum(len(text.tokens) - len(text.special) for text in unrelated),
         "engine": log.to_dict(),
         "interrupted": kept.interrupted,
@@ -212,6 +217,7 @@ def _run_block(
     config: ExperimentConfig,
     segments: Mapping[str, tuple[Segment, ...]],
     unrelated: Sequence[Prompt],
+    judge: Judge,
     kept: _Kept,
     folder: Path | None,
     progress: Progress | None,
@@ -224,7 +230,8 @@ def _run_block(
         if config.reach and not kept.interrupted
         else [nothing] * len(chosen)
     )
-    records = [_result(bench, *each) for each in zip(chosen, reached, strict=True)]
+    verdicts = judge.judge([_judged(each) for each in chosen])
+    records = [_result(bench, *each) for each in zip(chosen, reached, verdicts, strict=True)]
     kept.records += records
     kept.failures += [
         Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
@@ -273,7 +280,13 @@ def _prefix_room(model: HookedModel, pool: Sequence[Question], config: Experimen
     return padded_length(max(lengths))
 
 
-def _result(bench: Bench, chosen: Chosen, reach: Reach) -> Result:
+def _judged(chosen: Chosen) -> JudgeItem:
+    question = chosen.prepared.question
+    text = chosen.graded.completion.text
+    return JudgeItem(question.question, question.answer, question.aliases, text)
+
+
+def _result(bench: Bench, chosen: Chosen, reach: Reach, verdict: Verdict) -> Result:
     question, graded = chosen.prepared.question, chosen.graded
     search = None if chosen.tuned is None else chosen.tuned.tuned
     mismatched = chosen.arm in TUNED and TUNED[chosen.arm].vectors == "mismatched"
@@ -296,12 +309,16 @@ def _result(bench: Bench, chosen: Chosen, reach: Reach) -> Result:
         objective=graded.objective,
         overlap=graded.overlap,
         exact_match=graded.exact_match,
+        contained_match=graded.contained_match,
         token_f1=graded.token_f1,
         nll=graded.nll,
         perplexity=graded.perplexity,
         distinct_2=graded.distinct_2,
         repetition=graded.repetition,
         **asdict(reach),
+        label=verdict.label,
+        grade=verdict.grade,
+        judged=verdict.explanation,
         n_trials=chosen.n_samples if search is None else len(search.trials),
         best_trial=1 if search is None else search.best.number,
         zero_won=None if search is None else search.zero_won,
@@ -314,6 +331,11 @@ def _result(bench: Bench, chosen: Chosen, reach: Reach) -> Result:
         ),
         seconds=round(chosen.seconds, 4),
     )
+
+
+def _costs(judge: Judge) -> dict[str, Any]:
+    counts = getattr(judge, "counts", None)
+    return {} if counts is None else counts.to_dict()
 
 
 def _provenance(

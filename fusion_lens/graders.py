@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fusion_lens.decoding import Completion
 from fusion_lens.questions import Question
 from fusion_lens.scores import (
+    contained_match,
     distinct_2,
     exact_match,
     extract_answer,
@@ -31,6 +32,7 @@ class Graded:
     answer: str
     overlap: float | None
     exact_match: float
+    contained_match: float
     token_f1: float | None
     nll: float | None
     distinct_2: float | None
@@ -51,20 +53,17 @@ def grade(
     An unscored overlap counts 0 in the objective alone. Logits that were not finite make the whole
     completion meaningless: overlap and perplexity are unscored, so its objective is the worst.
     """
-    overlap = token_overlap(completion.text, question.answer) if completion.finite else None
-    nll = nll if completion.finite else None
+    golds = (question.answer, question.aliases)
+    finite = completion.finite
+    overlap = token_overlap(completion.text, question.answer) if finite else None
+    nll = nll if finite else None
     return Graded(
         completion=completion,
         answer=extract_answer(completion.text),
         overlap=overlap,
-        exact_match=float(
-            completion.finite and exact_match(completion.text, question.answer, question.aliases)
-        ),
-        token_f1=(
-            token_f1(completion.text, question.answer, question.aliases)
-            if completion.finite
-            else None
-        ),
+        exact_match=float(finite and exact_match(completion.text, *golds)),
+        contained_match=float(finite and contained_match(completion.text, *golds)),
+        token_f1=token_f1(completion.text, *golds) if finite else None,
         nll=nll,
         distinct_2=distinct_2(completion.text),
         repetition=repetition(completion.text),

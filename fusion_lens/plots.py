@@ -33,11 +33,18 @@ ARM_COLOURS = {
     "unembed": "#009e73",
 }
 _OTHER = "#555555"
-_SHOWN = {
+_SCORES = {
     "exact_match": "right (exact match)",
     "overlap": "overlap with gold",
     "objective": "objective",
+    "perplexity": "perplexity",
 }
+_REACH = {
+    "transfer_exact_match": "paraphrases right",
+    "neighbours_kept": "neighbours kept",
+    "kl_unrelated": "KL on unrelated text, nats/token",
+}
+_TICKS = [1, 1.5, 2, 3, 5, *(10**power * step for power in range(1, 6) for step in (1, 3))]
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -52,15 +59,18 @@ class Figure:
 
 
 def run_figures(results: Results) -> list[Figure]:
-    """The figures of a run: delta norms, scores per arm, chosen coefficients. Empty ones are left
-    out."""
+    """The figures of a run: delta norms, scores and reach per arm, chosen coefficients. Empty ones
+    are left out."""
     figures = []
     if results.summary["delta_norms"]:
         figures.append(plot_delta_norms(results.summary["delta_norms"]))
-    figures.append(plot_scores(results.summary["arms"]))
+    arms = results.summary["arms"]
+    figures.append(plot_scores(arms))
+    if any(content["metrics"][name]["n"] for content in arms.values() for name in _REACH):
+        figures.append(plot_reach(arms))
     tuned = [record for record in results.records if record.coeffs]
     if tuned:
-        figures.append(plot_coeffs(tuned, results.summary["arms"]))
+        figures.append(plot_coeffs(tuned, arms))
     return figures
 
 
@@ -96,48 +106,50 @@ def plot_delta_norms(norms: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def plot_scores(arms: Mapping[str, Any]) -> Figure:
-    """Mean and 95 % interval of each metric under each arm; perplexity beside, on its own
-    logarithmic axis."""
+    """Mean and 95 % interval of each score under each arm; perplexity on a logarithmic axis."""
+    return _plot_arms("scores", "Scores per arm", arms, _SCORES)
+
+
+def plot_reach(arms: Mapping[str, Any]) -> Figure:
+    """The same of transfer to paraphrases, neighbours kept, and divergence on unrelated text."""
+    return _plot_arms("reach", "The chosen plan elsewhere", arms, _REACH)
+
+
+def _plot_arms(name: str, title: str, arms: Mapping[str, Any], shown: Mapping[str, str]) -> Figure:
     figure = make_subplots(
-        cols=2, column_widths=[0.7, 0.3], horizontal_spacing=0.12, subplot_titles=("", "perplexity")
+        cols=len(shown),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=list(shown.values()),
     )
     rows = []
     for arm, content in arms.items():
-        metrics = content["metrics"]
-        colour = ARM_COLOURS.get(arm, _OTHER)
-        shown = [name for name in _SHOWN if metrics[name]["mean"] is not None]
-        figure.add_bar(
-            x=[_SHOWN[name] for name in shown],
-            y=[metrics[name]["mean"] for name in shown],
-            error_y=_error_bars([metrics[name] for name in shown]),
-            marker_color=colour,
-            name=arm,
-            row=1,
-            col=1,
-        )
-        perplexity = metrics["perplexity"]
-        if perplexity["mean"] is not None:
+        for column, metric in enumerate(shown, start=1):
+            values = content["metrics"][metric]
+            if values["mean"] is None:
+                continue
             # a point: a bar on a logarithmic axis has no foot to start from
             figure.add_scatter(
-                x=[arm],
-                y=[perplexity["mean"]],
-                error_y=_error_bars([perplexity]),
+                x=[values["mean"]],
+                y=[arm],
+                error_x=_error_bars([values]),
                 mode="markers",
-                marker={"color": colour, "size": 11},
+                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 11},
                 name=arm,
                 showlegend=False,
                 row=1,
-                col=2,
+                col=column,
             )
-            shown.append("perplexity")
-        keys = ("mean", "low", "high", "n")
-        rows += [(arm, name, *(metrics[name][key] for key in keys)) for name in shown]
+            rows.append((arm, metric, *(values[key] for key in ("mean", "low", "high", "n"))))
     n = max((content["n"] for content in arms.values()), default=0)
-    _style(figure, f"Scores per arm, n = {n} questions, 95 % cluster bootstrap")
-    figure.update_yaxes(title="mean over questions", col=1)
-    figure.update_yaxes(type="log", col=2)
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.15})
-    return Figure("scores", figure, ("arm", "metric", "mean", "low", "high", "n"), tuple(rows))
+    _style(figure, f"{title}, n = {n} questions, 95 % cluster bootstrap")
+    figure.update_yaxes(categoryorder="array", categoryarray=list(arms)[::-1])
+    figure.update_annotations(font_size=14)
+    if "perplexity" in shown:
+        column = list(shown).index("perplexity") + 1
+        figure.update_xaxes(type="log", tickvals=_TICKS, ticktext=_TICKS, col=column)
+    figure.update_layout(margin_t=90)
+    return Figure(name, figure, ("arm", "metric", "mean", "low", "high", "n"), tuple(rows))
 
 
 def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
@@ -151,13 +163,15 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
         for segment in own[0].coeffs:
             values = [record.coeffs[segment] for record in own]
             figure.add_box(
-                x=[f"{arm}: {segment}" if segment != arm else arm] * len(own),
-                y=values,
+                x=values,
+                y=[f"{arm}: {segment}" if segment != arm else arm] * len(own),
+                orientation="h",
                 boxpoints="all",
                 jitter=0.5,
                 pointpos=0,
                 marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4, "opacity": 0.6},
-                name=f"{arm} (zero plan won {content['zero_won']:.0%}, tied {content['tied']:.0%})",
+                name=f"{arm}<br>zero plan won {content['zero_won']:.0%}, "
+                f"tied {content['tied']:.0%}",
                 legendgroup=arm,
                 showlegend=segment == next(iter(own[0].coeffs)),
             )
@@ -165,8 +179,8 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
                 (r.question_id, arm, segment, r.coeffs[segment], r.zero_won, r.tied) for r in own
             ]
     _style(figure, "Chosen coefficient per segment")
-    figure.update_yaxes(title="coefficient")
-    figure.update_layout(legend={"orientation": "h", "y": -0.15})
+    figure.update_xaxes(title="coefficient")
+    figure.update_yaxes(autorange="reversed")
     columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
     return Figure("coeffs", figure, columns, tuple(rows))
 

@@ -1,9 +1,9 @@
-"""Files of questions -> checked `Question` values. JSONL and CSV; knows no model.
+"""Files of questions -> checked `Question` values. JSONL, CSV and TSV; knows no model.
 
 A line holds `question` and `answer`; `id`, `subject`, `topic`, `answer_type`, `split`, `aliases`,
 `explanation`,
 `paraphrases` and `neighbours` are optional. In CSV the list-valued columns hold JSON. Other columns
-are ignored.
+are ignored. A header of a published data set is recognised (`question_layouts`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import ConfigError, InputFileError, OutputError, QuestionError
+from fusion_lens.errors import ConfigError, InputFileError, OutputError, QuestionError, one_of
+from fusion_lens.question_layouts import layout_of
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
 _LIST_FIELDS = ("aliases", "paraphrases")
@@ -64,16 +66,16 @@ def _require_text(what: str, **fields: str) -> None:
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Read a `.jsonl` or `.csv` file.
+    """Read a `.jsonl`, `.csv` or `.tsv` file; SimpleQA's, TruthfulQA's and PopQA's as published.
 
     Raises:
         InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names
         the line.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_records, ".csv": _csv_records}
+    readers = {".jsonl": _jsonl_records, ".csv": _csv_records, ".tsv": _csv_records}
     if path.suffix not in readers:
-        raise InputFileError(path, f"must end in .jsonl or .csv, but got {path.suffix!r}")
+        raise InputFileError(path, f"must end in .jsonl, .csv or .tsv, but got {path.suffix!r}")
     lines: dict[str, int] = {}
     questions: list[Question] = []
     try:
@@ -119,9 +121,12 @@ def select_questions(
     *,
     split: str | None = None,
     ids: Sequence[str] = (),
+    topic: str | None = None,
+    answer_type: str | None = None,
     limit: int | None = None,
 ) -> list[Question]:
-    """Keep a split or, whatever their split, the named ids; of these the first `limit`.
+    """Keep a split or, whatever their split, the named ids; of these a topic and an answer type;
+    of these the first `limit`.
 
     A file in which no question names a split is taken whole.
 
@@ -140,6 +145,15 @@ def select_questions(
         if unknown:
             raise QuestionError(f"every question id must be in the file, but got {unknown[0]!r}.")
         kept = [by_id[name] for name in dict.fromkeys(ids)]
+    for field, value in (("topic", topic), ("answer_type", answer_type)):
+        if value is not None:
+            known = sorted({getattr(question, field) or "none" for question in kept})
+            kept = [question for question in kept if getattr(question, field) == value]
+            if not kept:
+                raise QuestionError(
+                    f"at least one question must have the {field} {value!r}; "
+                    f"there are {', '.join(known)}."
+                )
     if not kept:
         splits = sorted({question.split or "none" for question in questions})
         raise QuestionError(
@@ -147,6 +161,38 @@ def select_questions(
             f"the file has the splits {', '.join(splits)}."
         )
     return kept if limit is None else kept[:limit]
+
+
+def stratified(
+    questions: Sequence[Question],
+    n: int,
+    seed: int,
+    by: Sequence[str] = ("topic", "answer_type"),
+) -> list[Question]:
+    """A random sample of `n` in which the values of `by` keep their shares, in file order.
+
+    Quotas are rounded by largest remainder, of equal ones the first in the file. A missing value is
+    a value.
+
+    Raises:
+        ConfigError: if `n` is not from 1 to the number of questions, or `by` names no text field.
+    """
+    if not 1 <= n <= len(questions):
+        raise ConfigError(
+            f"n must lie in [1, {len(questions)}], the questions there are, but {n=}."
+        )
+    fields = [one_of("by", name, _TEXT_FIELDS) for name in by]
+    strata: dict[tuple[str | None, ...], list[int]] = {}
+    for i, question in enumerate(questions):
+        strata.setdefault(tuple(getattr(question, name) for name in fields), []).append(i)
+    quotas = {key: divmod(n * len(members), len(questions)) for key, members in strata.items()}
+    left = n - sum(whole for whole, _ in quotas.values())
+    raised = sorted(quotas, key=lambda key: -quotas[key][1])[:left]
+    rng = random.Random(seed)
+    chosen: list[int] = []
+    for key, members in strata.items():
+        chosen += rng.sample(members, quotas[key][0] + (key in raised))
+    return [questions[i] for i in sorted(chosen)]
 
 
 def _line(question: Question) -> str:
@@ -174,18 +220,29 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     # spreadsheets begin their CSV with a byte order mark, which would hide the first column
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        delimiter = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
-            for record in reader:
+            layout = layout_of(reader.fieldnames or ()) or _own_layout
+            for number, record in enumerate(reader, start=1):
                 if None in record or None in record.values():
                     raise InputFileError(
                         path, "must have as many cells as the header has columns", reader.line_num
                     )
-                yield reader.line_num, {key: _csv_value(key, cell) for key, cell in record.items()}
+                try:
+                    cells = layout(record, number)
+                except QuestionError as error:
+                    raise InputFileError(path, str(error), reader.line_num) from error
+                yield reader.line_num, cells
         except csv.Error as error:
             # DictReader's own line_num stays at the last row that could be read
             line = reader.reader.line_num
             raise InputFileError(path, f"must be CSV: {error}", line) from error
+
+
+def _own_layout(row: Mapping[str, str], number: int) -> dict[str, Any]:
+    return {key: _csv_value(key, cell) for key, cell in row.items()}
 
 
 def _csv_value(key: str, cell: str) -> object:

@@ -30,6 +30,7 @@ _DIFFERENCES = {
     "transfer_exact_match": ("paraphrases right", "{:+.1%}"),
 }
 _FURTHER = {
+    "correct": ("judged correct", "{:+.1%}"),
     "token_f1": ("token F1", "{:+.3f}"),
     "nll": ("nats/token", "{:+.3f}"),
     "neighbours_kept": ("neighbours kept", "{:+.1%}"),
@@ -82,6 +83,8 @@ def sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:
         tokens = summary["unrelated_tokens"]
         title += f"; KL from unsteered on {tokens:,} tokens of unrelated text" if tokens else ""
         made.append(Section(title, *_by_arm(summary["arms"], _REACH, between)))
+    if any(arm["labels"]["n"] for arm in summary["arms"].values()):
+        made.append(_labels(summary))
     if summary["comparisons"]:
         made.append(_differences(summary, _DIFFERENCES, between))
     return made
@@ -201,6 +204,21 @@ def _by_arm(
         for name, arm in arms.items()
     )
     return header, rows
+
+
+def _labels(summary: Mapping[str, Any]) -> Section:
+    names = ("correct", "incorrect", "not_attempted", "attempted_accuracy", "f")
+    header = ("arm", "n", "correct", "incorrect", "not attempted", "of attempted", "F", "unscored")
+    rows = tuple(
+        (
+            arm,
+            str(content["labels"]["n"]),
+            *("-" if (x := content["labels"][name]) is None else f"{x:.1%}" for name in names),
+            str(content["labels"]["unscored"]),
+        )
+        for arm, content in summary["arms"].items()
+    )
+    return Section(f"labelled by the judge {summary['judge']['name']}", header, rows)
 
 
 def _differences(

@@ -37,8 +37,9 @@ class Result:
     highest logits of a greedy step: another slot shape flips a token only where it is tiny.
     `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
     its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
-    in `search.Tuned`; the transfer fields as in `transfer.Reach`; `donor` is the question whose
-    deltas a mismatched arm used. None is unscored.
+    in `search.Tuned`; the transfer fields as in `transfer.Reach`; `label` and `grade` are the
+    judge's, `judged` what it says of them; `donor` is the question whose deltas a mismatched arm
+    used. None is unscored.
     """
 
     question_id: str
@@ -59,6 +60,7 @@ class Result:
     objective: float
     overlap: float | None
     exact_match: float
+    contained_match: float
     token_f1: float | None
     nll: float | None
     perplexity: float | None
@@ -69,6 +71,9 @@ class Result:
     neighbours_kept: float | None
     neighbours_n: int
     kl_unrelated: float | None
+    label: str | None
+    grade: float | None
+    judged: str
     n_trials: int
     best_trial: int
     zero_won: bool | None
@@ -76,6 +81,11 @@ class Result:
     donor: str | None
     n_not_finite: int
     seconds: float
+
+    @property
+    def correct(self) -> float | None:
+        """1 where the judge says CORRECT, 0 where it says anything else."""
+        return None if self.label is None else float(self.label == "CORRECT")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,16 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+
+from fusion_lens.errors import one_of
+from fusion_lens.values import Date, Number, agrees, find_values
+
+ACCURATE = 0.6  # the composite score from which Fusion Steering calls a completion accurate
+LABELS = ("CORRECT", "INCORRECT", "NOT_ATTEMPTED")
 
 _WORD = re.compile(r"\w+")
 _LARGEST_NLL = 700.0
@@ -22,6 +30,44 @@ _ABBREVIATION = re.compile(
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]”’]*(?=\s|$)(?!(?<=\bNo\.)\s\d)")
 # a sign or point that leads a number, a point inside one, and those that belong to none
 _SIGN_OR_POINT = re.compile(r"(?<![\w.-])(-?\.?)(?=\d)|(?<=\d)(\.)(?=\d)|[-.]")
+_CHUNK = re.compile(r"\S+")
+_DASH = re.compile(r"\s?[-–—]\s?")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a scorer says of one completion: `value` (None: unscored), the `answer` it read in it,
+    and in a few words why."""
+
+    value: float | None
+    answer: str
+    explanation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A word, date or number of a text, and the characters [start, end) that spell it."""
+
+    key: str | Date | Number
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFigures:
+    """SimpleQA's figures over the `n` labels that are not unscored; None where there are none.
+
+    `attempted_accuracy` = correct / (correct + incorrect), 0 if none was attempted; `f` = harmonic
+    mean of that and `correct`, 0 if their sum is 0.
+    """
+
+    correct: float | None
+    incorrect: float | None
+    not_attempted: float | None
+    attempted_accuracy: float | None
+    f: float | None
+    n: int
+    unscored: int
 
 
 def words(text: str) -> list[str]:
@@ -71,11 +117,86 @@ def exact_match(completion: str, answer: str, aliases: Sequence[str] = ()) -> bo
     return bool(got) and any(got == normalise(gold) for gold in (answer, *aliases))
 
 
+def terms(text: str) -> list[Term]:
+    """The dates and numbers of the text by value, and what is between them as words after
+    `normalise`. A dash between two values is the word "to"."""
+    run: list[Term] = []
+    values = find_values(text)
+    for left, right in pairwise((None, *values, None)):
+        start, end = left.end if left else 0, right.start if right else len(text)
+        if left:
+            run.append(Term(left.value, left.start, left.end))
+        if left and right and _DASH.fullmatch(text, start, end):
+            run.append(Term("to", start, end))
+        else:
+            run += _word_terms(text, start, end)
+    return run
+
+
+def _word_terms(text: str, start: int, end: int) -> Iterator[Term]:
+    for chunk in _CHUNK.finditer(text, start, end):
+        bare = [
+            i for i in range(*chunk.span()) if not unicodedata.category(text[i]).startswith("P")
+        ]
+        for word in normalise(chunk[0]).split():
+            yield Term(word, bare[0], bare[-1] + 1)
+
+
+def occurrences(run: Sequence[Term], gold: Sequence[Term]) -> list[tuple[int, int]]:
+    """The characters [start, end) of every place where `run` says `gold`, term by term; a more
+    precise date says the gold one."""
+    spans = (run[i : i + len(gold)] for i in range(len(run) - len(gold) + 1))
+    return [
+        (span[0].start, span[-1].end)
+        for span in spans
+        if span and all(_says(found, wanted) for found, wanted in zip(span, gold, strict=True))
+    ]
+
+
+def _says(found: Term, gold: Term) -> bool:
+    if isinstance(found.key, str) or isinstance(gold.key, str):
+        return found.key == gold.key
+    return agrees(found.key, gold.key)
+
+
+def contained_match(completion: str, answer: str, aliases: Sequence[str] = ()) -> bool:
+    """Whether gold or an alias occurs in the completion as a run of whole words, its dates and
+    numbers by value: neither 5 nor 1990 is in "25", 1990 is in "March 3, 1990"."""
+    run = terms(completion)
+    return any(occurrences(run, terms(gold)) for gold in (answer, *aliases))
+
+
 def distinct_2(completion: str) -> float | None:
     """Distinct / all word bigrams; None below two words."""
     run = words(completion)
     bigrams = list(pairwise(run))
     return len(set(bigrams)) / len(bigrams) if bigrams else None
+
+
+def token_f1(completion: str, answer: str, aliases: Sequence[str] = ()) -> float | None:
+    """The F1 of the extracted answer's words against gold's, as multisets; the best over gold and
+    aliases. None if no gold has a word."""
+    got = Counter(words(extract_answer(completion)))
+    golds = [Counter(words(gold)) for gold in (answer, *aliases)]
+    return max((_f1(got, gold) for gold in golds if gold), default=None)
+
+
+def _f1(got: Counter[str], gold: Counter[str]) -> float:
+    return 2 * (got & gold).total() / (got.total() + gold.total())
+
+
+def repetition(completion: str) -> float | None:
+    """The share of words that the longest n-gram (n >= 2) covers which occurs twice without
+    overlap: 2n over all words. 0 where none does; None below two words."""
+    run = words(completion)
+    if len(run) < 2:
+        return None
+    for n in range(len(run) // 2, 1, -1):
+        first: dict[tuple[str, ...], int] = {}
+        for start in range(len(run) - n + 1):
+            if start - first.setdefault(tuple(run[start : start + n]), start) >= n:
+                return 2 * n / len(run)
+    return 0.0
 
 
 def perplexity_of(nll: float | None) -> float | None:
@@ -95,3 +216,25 @@ def objective(overlap: float, perplexity: float | None, weight: float = 0.7) -> 
     next.
     """
     return round(weight * overlap - (1.0 - weight) * clipped(perplexity), 6)
+
+
+def composite(overlap: float, grade: float | None) -> float:
+    """`0.5*overlap + 0.5*grade/5`, grade in [1, 5]; a missing grade counts 0. Fusion Steering calls
+    a completion accurate from `ACCURATE` on."""
+    return 0.5 * overlap + 0.5 * (grade or 0.0) / 5.0
+
+
+def label_figures(labels: Sequence[str | None]) -> LabelFigures:
+    """The shares of SimpleQA's three labels; None is unscored and counts in no share.
+
+    Raises:
+        ConfigError: if a label is none of `LABELS`.
+    """
+    scored = [one_of("a label", label, LABELS) for label in labels if label is not None]
+    n, unscored = len(scored), len(labels) - len(scored)
+    if not n:
+        return LabelFigures(None, None, None, None, None, n, unscored)
+    right, wrong, silent = (scored.count(label) for label in LABELS)
+    accuracy = right / (right + wrong) if right + wrong else 0.0
+    f = 2 * accuracy * (right / n) / (accuracy + right / n) if right else 0.0
+    return LabelFigures(right / n, wrong / n, silent / n, accuracy, f, n, unscored)

@@ -15,11 +15,13 @@ from typing import Any
 
 from fusion_lens.errors import ConfigError
 from fusion_lens.results import Result
-from fusion_lens.scores import perplexity_of
+from fusion_lens.scores import label_figures, perplexity_of
 from fusion_lens.statistics import Comparison, Interval, cluster_bootstrap, compare, holm
 
 METRICS = (
     "exact_match",
+    "contained_match",
+    "correct",
     "overlap",
     "token_f1",
     "objective",
@@ -35,6 +37,7 @@ COMPARED = (
     "objective",
     "overlap",
     "exact_match",
+    "correct",
     "token_f1",
     "nll",
     "transfer_exact_match",
@@ -42,8 +45,9 @@ COMPARED = (
     "kl_unrelated",
 )
 AGAINST = ("generic", "mismatched", "random", "best_of_n", "full", "unembed")
-_SHARES = ("exact_match", "transfer_exact_match", "neighbours_kept")
-_UNTESTED_AGAINST_BASELINE = ("objective", "overlap", "exact_match", "token_f1", "nll")
+_BINARY = ("exact_match", "contained_match", "correct")
+_SHARES = (*_BINARY, "transfer_exact_match", "neighbours_kept")
+_UNTESTED_AGAINST_BASELINE = ("objective", "overlap", "exact_match", "correct", "token_f1", "nll")
 _GROUPS = ("topic", "answer_type")
 _OF_GROUPS = ("exact_match", "overlap", "objective")
 
@@ -60,6 +64,7 @@ def summarise_arms(
             "n": len(own),
             "unscored": n_questions - len(own),
             "clusters": len({record.subject for record in own}),
+            "labels": asdict(label_figures([record.label for record in own])),
             "metrics": {name: asdict(interval_of(name, own, seed)) for name in METRICS},
             **_searches(own),
         }
@@ -109,7 +114,7 @@ def compare_arms(records: Sequence[Result], arms: Sequence[str], seed: int) -> l
                     [subjects[name] for name in names],
                     names=("segmented", other),
                     metric=metric,
-                    binary=metric == "exact_match",
+                    binary=metric in _BINARY,
                     test=_is_tested(metric, other),
                     seed=seed,
                 )
@@ -141,7 +146,7 @@ def compare_runs(one: Sequence[Result], other: Sequence[Result]) -> list[Compari
                     [first[key].subject for key in keys],
                     names=(arm, arm),
                     metric=metric,
-                    binary=metric == "exact_match",
+                    binary=metric in _BINARY,
                 )
             )
         made += holm(family)

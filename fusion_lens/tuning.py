@@ -91,7 +91,7 @@ class Prepared:
 
     def row(self, config: TuningConfig, plan: Plan | None = None) -> Row:
         """A row of the steered prompt; its samples are the same under every plan and arm."""
-        return Row(self.prompt, plan, seed_of(config.search.seed, self.question.id, "row"))
+        return Row(self.prompt, plan, row_seed(config, self.question))
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +426,11 @@ def seed_of(*parts: object) -> int:
     """A seed that depends on nothing but its parts: not on order, limit or neighbours."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def row_seed(config: TuningConfig, question: Question) -> int:
+    """The seed of a question's samples."""
+    return seed_of(config.search.seed, question.id, "row")
 
 
 def _deltas(

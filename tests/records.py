@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fusion_lens.results import Result, Results
+from fusion_lens.scores import label_figures
 from fusion_lens.statistics import Interval
 
 LOVELACE = Result(
@@ -27,6 +28,7 @@ LOVELACE = Result(
     objective=-0.06,
     overlap=0.0,
     exact_match=0.0,
+    contained_match=0.0,
     token_f1=0.0,
     nll=3.0,
     perplexity=20.0,
@@ -37,6 +39,9 @@ LOVELACE = Result(
     neighbours_kept=1.0,
     neighbours_n=3,
     kl_unrelated=0.0,
+    label="INCORRECT",
+    grade=None,
+    judged="another answer",
     n_trials=1,
     best_trial=1,
     zero_won=None,
@@ -45,6 +50,9 @@ LOVELACE = Result(
     n_not_finite=0,
     seconds=0.5,
 )
+
+
+LABELS = asdict(label_figures([*["CORRECT"] * 3, *["INCORRECT"] * 6, "NOT_ATTEMPTED", None, None]))
 
 
 def tuned(question_id: str, early: float, late: float, **more: object) -> Result:
@@ -69,7 +77,7 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
         "neighbours_kept": interval(0.75, 0.5, 1.0),
         "kl_unrelated": interval(0.0625, 0.03125, 0.125),
     }
-    return {"n": 12, "unscored": 0, "clusters": 6, "metrics": shown | metrics}
+    return {"n": 12, "unscored": 0, "labels": LABELS, "clusters": 6, "metrics": shown | metrics}
 
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +96,7 @@ def summary(**arms: dict[str, Any]) -> dict[str, Any]:
         "groups": {},
         "generic_share": {"lovelace": [0.5, 0.75], "harris": [0.25, 0.25]},
         "donors": {"n": 12, "mismatched": 11, "sharing_a_word": 2},
+        "judge": {"name": "lexical"},
         "unrelated_tokens": 2000,
         "delta_norms": {"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]},
         "seconds": 1.5,

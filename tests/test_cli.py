@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +65,9 @@ def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_pa
         "split": "test",
         "limit": 60,
         "available": 2,
+        "topic": None,
+        "answer_type": None,
+        "sample": None,
     }
 
 
@@ -234,6 +239,42 @@ def test_a_run_is_reported_again_and_compared_with_another(
     rows = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert {"full", "segmented"} <= rows
     assert "generic" not in rows
+
+
+def test_questions_are_chosen_by_topic_sample_and_failure(command, tmp_path) -> None:
+    run = ("run", "--arms", "baseline", "--no-reach", "--explanation-tokens", 0)
+    code, _, _ = command(
+        *run, "--topic", "Biography", "--sample", 3, "--select-failed", "--out", tmp_path / "run"
+    )
+    assert code == 0
+    results = load_results(tmp_path / "run")
+    told = results.summary["questions"]
+    assert (told["topic"], told["sample"], told["available"]) == ("Biography", 3, 30)
+    assert {record.topic for record in results.records} == {"Biography"}
+    selected = told["selected"]
+    assert (selected["asked"], selected["kept"]) == (3, 3 - selected["right"])
+    assert len(results.records) == selected["kept"]
+    code, _, err = command(*run, "--topic", "Cheese", "--out", tmp_path / "none")
+    assert code == 1
+    assert "at least one question must have the topic 'Cheese'; there are Art, Biography," in err
+
+
+def test_simpleqa_is_read_as_it_was_published(command, tmp_path) -> None:
+    data = os.environ.get("FUSION_LENS_TEST_DATA")
+    if data is None:
+        pytest.skip("FUSION_LENS_TEST_DATA is not set")
+    file = Path(data) / "data" / "simpleqa" / "simple_qa_test_set.csv"
+    model = Path(data) / "models" / "stories260k"
+    code, out, _ = command(
+        *("run", "--model", model, "--questions", file, "--answer-type", "Date", "--limit", 2),
+        *("--arms", "full", "--trials", 2, "--no-reach", "--max-new-tokens", 6),
+        *("--explanation-tokens", 0, "--out", tmp_path / "run"),
+    )
+    assert code == 0, out
+    results = load_results(tmp_path / "run")
+    assert results.summary["questions"]["available"] == 1418
+    assert {record.answer_type for record in results.records} == {"Date"}
+    assert all(record.question_id.startswith("simpleqa-") for record in results.records)
 
 
 def test_an_output_folder_that_cannot_be_written_fails_before_the_work(

@@ -13,8 +13,11 @@ ROOT = Path(fusion_lens.__file__).parent
 
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
-    {"errors", "operators", "values"},
+    {"errors", "operators"},
+    {"values", "question_layouts"},
     {"scores"},
+    {"claims"},
+    {"golds"},
     {"questions", "models", "llama", "judges"},
     {"prompts", "lean", "engine_log", "llm_judge"},
     {"executors"},
@@ -25,7 +28,7 @@ LAYERS = (
     {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood"},
     {"tuning", "results", "statistics"},
-    {"lenders", "summary"},
+    {"lenders", "summary", "selection"},
     {"arms"},
     {"transfer"},
     {"experiment", "plots", "report"},

@@ -15,6 +15,7 @@ from fusion_lens.plots import (
     Figure,
     plot_coeffs,
     plot_delta_norms,
+    plot_reach,
     plot_scores,
     run_figures,
     write_figures,
@@ -52,24 +53,38 @@ def test_delta_norms_are_a_line_per_question_and_a_box_per_layer() -> None:
     )
 
 
-def test_bars_are_the_means_and_their_errors_reach_the_ends_of_the_intervals() -> None:
-    (scores,) = traces(plot_scores({"full": arm()}), "bar")
-    assert list(scores.x) == ["right (exact match)", "overlap with gold", "objective"]
-    assert list(scores.y) == [0.25, 0.5, 0.3125]
-    assert list(scores.error_y.array) == [0.25, 0.25, 0.1875]  # 0.5 - 0.3125
-    assert list(scores.error_y.arrayminus) == [0.25, 0.25, 0.375]  # 0.3125 + 0.0625
+def points(figure: Figure) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Mean, and how far the error bar reaches up and down, by arm and axis."""
+    return {
+        (trace.y[0], trace.xaxis): (
+            trace.x[0],
+            trace.error_x.array[0],
+            trace.error_x.arrayminus[0],
+        )
+        for trace in traces(figure, "scatter")
+    }
 
 
-def test_perplexity_is_a_point_on_a_logarithmic_axis_of_its_own() -> None:
+def test_points_are_the_means_and_their_errors_reach_the_ends_of_the_intervals() -> None:
     figure = plot_scores({"full": arm()})
-    (perplexity,) = traces(figure, "scatter")
-    assert (list(perplexity.x), list(perplexity.y)) == (["full"], [12.3])
-    assert perplexity.mode == "markers"
-    assert list(perplexity.error_y.array) == pytest.approx([67.8 - 12.3])
-    assert list(perplexity.error_y.arrayminus) == pytest.approx([12.3 - 4.5])
-    assert [trace.yaxis for trace in figure.figure.data] == ["y", "y2"]
+    assert points(figure) == {
+        ("full", "x"): (0.25, 0.25, 0.25),
+        ("full", "x2"): (0.5, 0.25, 0.25),
+        ("full", "x3"): (0.3125, 0.1875, 0.375),  # -0.0625 to 0.5
+        ("full", "x4"): (12.3, pytest.approx(67.8 - 12.3), pytest.approx(12.3 - 4.5)),
+    }
+    titles = [note.text for note in figure.figure.layout.annotations]
+    assert titles == ["right (exact match)", "overlap with gold", "objective", "perplexity"]
     layout = figure.figure.layout
-    assert (layout.yaxis.type, layout.yaxis2.type) == (None, "log")
+    assert (layout.xaxis3.type, layout.xaxis4.type) == (None, "log")
+
+
+def test_the_reach_of_every_arm_is_a_figure_of_its_own() -> None:
+    figure = plot_reach({"full": arm(), "random": arm(kl_unrelated=interval(None, None, None))})
+    assert points(figure)["full", "x3"] == (0.0625, 0.0625, 0.03125)
+    assert ("random", "x3") not in points(figure)
+    assert figure.rows[0] == ("full", "transfer_exact_match", 0.125, 0.0, 0.25, 12)
+    assert list(figure.figure.layout.yaxis.categoryarray) == ["random", "full"]
 
 
 def test_each_arm_keeps_its_colour_in_every_figure() -> None:
@@ -84,16 +99,13 @@ def test_each_arm_keeps_its_colour_in_every_figure() -> None:
 def test_an_unscored_metric_is_not_shown_and_has_no_row() -> None:
     nothing = interval(None, None, None, 12)
     figure = plot_scores({"full": arm(overlap=nothing, perplexity=nothing)})
-    (scores,) = figure.figure.data
-    assert list(scores.x) == ["right (exact match)", "objective"]
-    assert list(scores.y) == [0.25, 0.3125]
+    assert set(points(figure)) == {("full", "x"), ("full", "x3")}
     assert [row[1] for row in figure.rows] == ["exact_match", "objective"]
 
 
 def test_a_mean_without_an_interval_has_no_error_bar() -> None:
-    metrics = {name: interval(0.5, None, None) for name in ("exact_match", "overlap", "objective")}
-    (scores,) = traces(plot_scores({"full": arm(**metrics)}), "bar")
-    assert list(scores.error_y.array) == list(scores.error_y.arrayminus) == [0.0, 0.0, 0.0]
+    shown = points(plot_scores({"full": arm(overlap=interval(0.5, None, None))}))
+    assert shown["full", "x2"] == (0.5, 0.0, 0.0)
 
 
 def test_score_rows_are_the_figures_of_the_summary() -> None:
@@ -117,14 +129,14 @@ def test_boxes_hold_the_chosen_coefficient_of_every_question() -> None:
     records = [*(record for record in results.records if record.coeffs), full]
     figure = plot_coeffs(records, arms)
     boxes = traces(figure, "box")
-    assert [(set(box.x), list(box.y)) for box in boxes] == [
+    assert [(set(box.y), list(box.x)) for box in boxes] == [
         ({"segmented: early"}, [1.5, 0.0]),
         ({"segmented: late"}, [0.5, 0.0]),
         ({"full"}, [0.5]),
     ]
     assert [box.name for box in boxes if box.showlegend] == [
-        "segmented (zero plan won 50%, tied 0%)",
-        "full (zero plan won 0%, tied 100%)",
+        "segmented<br>zero plan won 50%, tied 0%",
+        "full<br>zero plan won 0%, tied 100%",
     ]
     assert figure.columns == ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
     assert figure.rows == (
@@ -137,8 +149,16 @@ def test_boxes_hold_the_chosen_coefficient_of_every_question() -> None:
 
 
 def test_a_run_has_the_figures_it_has_data_for() -> None:
-    assert [f.name for f in run_figures(make_results())] == ["delta_norms", "scores", "coeffs"]
-    untuned = Results((LOVELACE,), summary(baseline=arm()) | {"delta_norms": {}})
+    assert [f.name for f in run_figures(make_results())] == [
+        "delta_norms",
+        "scores",
+        "reach",
+        "coeffs",
+    ]
+    nothing = dict.fromkeys(
+        ("transfer_exact_match", "neighbours_kept", "kl_unrelated"), interval(None, None, None, 12)
+    )
+    untuned = Results((LOVELACE,), summary(baseline=arm(**nothing)) | {"delta_norms": {}})
     assert [figure.name for figure in run_figures(untuned)] == ["scores"]
 
 
@@ -146,7 +166,13 @@ def test_a_run_has_the_figures_it_has_data_for() -> None:
 def test_pages_share_one_plotly_and_open_offline(tmp_path: Path) -> None:
     write_figures(run_figures(make_results()), tmp_path / "a" / "figures")
     names = sorted(path.name for path in (tmp_path / "a" / "figures").iterdir())
-    assert names == ["coeffs.html", "delta_norms.html", "plotly.min.js", "scores.html"]
+    assert names == [
+        "coeffs.html",
+        "delta_norms.html",
+        "plotly.min.js",
+        "reach.html",
+        "scores.html",
+    ]
     page = (tmp_path / "a" / "figures" / "scores.html").read_text(encoding="utf-8")
     assert 'src="plotly.min.js"' in page
     assert "cdn.plot.ly" not in page
@@ -158,7 +184,7 @@ def test_the_rows_shown_lie_beside_each_picture_on_request(tmp_path: Path) -> No
     figures = run_figures(make_results())
     write_figures(figures, tmp_path, html=False, data=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("coeffs.csv", "delta_norms.csv", "scores.csv")
+        *("coeffs.csv", "delta_norms.csv", "reach.csv", "scores.csv")
     ]
     for figure in figures:
         with (tmp_path / f"{figure.name}.csv").open(encoding="utf-8", newline="") as file:

@@ -29,7 +29,7 @@ def printed(content: dict) -> list[str]:
 
 
 def test_a_row_holds_each_metrics_mean_and_interval() -> None:
-    scores, reach = sections(make_results().summary)
+    scores, reach, labels = sections(make_results().summary)
     baseline, segmented = scores.rows
     assert scores.header == ("arm", "n", "right", "overlap", "objective", "perplexity")
     assert baseline[:3] == ("baseline", "12", "0.0% [0.0%, 0.0%]")
@@ -47,6 +47,9 @@ def test_a_row_holds_each_metrics_mean_and_interval() -> None:
         "75.0% [50.0%, 100.0%]",
         "0.062 [0.031, 0.125]",
     )
+    # 3 correct, 6 incorrect, 1 not attempted, 2 unscored
+    assert labels.title == "labelled by the judge lexical"
+    assert labels.rows[1][1:] == ("10", "30.0%", "60.0%", "10.0%", "33.3%", "31.6%", "2")
 
 
 def test_unscored_values_are_counted_and_an_unscored_metric_is_no_number() -> None:
@@ -181,7 +184,7 @@ def against(other: str, metric: str, **more: object) -> dict:
 
 def test_segmented_is_set_against_every_other_arm_with_corrected_p() -> None:
     metrics = ("objective", "overlap", "exact_match", "transfer_exact_match")
-    further = ("token_f1", "nll", "neighbours_kept", "kl_unrelated")
+    further = ("correct", "token_f1", "nll", "neighbours_kept", "kl_unrelated")
     content = summary(segmented=arm(), generic=arm())
     content["comparisons"] = [
         *(against("generic", metric) for metric in (*metrics, *further)),
@@ -207,7 +210,10 @@ def test_segmented_is_set_against_every_other_arm_with_corrected_p() -> None:
         ),
     )
     assert max(map(len, printed(content))) <= 80
-    assert "| minus | token F1 | nats/token | neighbours kept |" in markdown_report(content)
+    assert (
+        "| minus | judged correct | token F1 | nats/token | neighbours kept |"
+        in markdown_report(content)
+    )
 
 
 def test_the_report_holds_every_table_and_line() -> None:
@@ -217,7 +223,7 @@ def test_the_report_holds_every_table_and_line() -> None:
         {"question_id": "a", "arm": None, "error": "SpanError", "message": "not in the text."}
     ]
     report = markdown_report(content)
-    assert report.count("| --- |") == 3
+    assert report.count("| --- |") == 4
     assert "**topic: Books**" in report
     assert (
         "| full | 12 | 25.0% [0.0%, 50.0%] | 0.50 [0.25, 0.75] | +0.31 [-0.06, +0.50] |" in report

@@ -230,7 +230,7 @@ def test_a_table_has_a_row_per_record_and_a_column_per_coefficient() -> None:
     assert table["coeff.late"].dropna().to_dict() == {1: 0.5, 3: 0.0}
     assert table["perplexity"].tolist() == [20.0] * 4
     assert "coeffs" not in table.columns
-    assert table.shape == (4, 36)  # 25 fields, coeffs taken apart into two
+    assert table.shape == (4, 40)  # 25 fields, coeffs taken apart into two
 
 
 def test_a_table_without_pandas_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

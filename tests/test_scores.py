@@ -1,18 +1,33 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from decimal import Decimal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusion_lens.errors import ConfigError
 from fusion_lens.scores import (
+    ACCURATE,
+    LabelFigures,
+    Score,
+    composite,
+    contained_match,
     distinct_2,
     exact_match,
     extract_answer,
+    label_figures,
     normalise,
     objective,
+    occurrences,
+    repetition,
+    terms,
+    token_f1,
     token_overlap,
     words,
 )
+from fusion_lens.values import Date, Number
 
 # what answers are made of, and what the rules turn on: signs, points, articles, wide forms
 PIECES = st.sampled_from(
@@ -177,6 +192,106 @@ def test_every_answer_of_plain_words_matches_itself_before_more_text(run: list[s
 
 
 @pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("Ada Lovelace", "Ada Lovelace", 2 * 2 / 4),
+        ("Lovelace", "Ada Lovelace", 2 * 1 / 3),
+        ("Ada Lovelace wrote it. Later more.", "Ada Lovelace", 2 * 2 / 6),
+        ("Grace Hopper", "Ada Lovelace", 0.0),
+        ("no no no", "no no", 2 * 2 / 5),  # as often as both say it
+        ("", "Ada", 0.0),
+        ("Ada", "?!", None),
+    ],
+)
+def test_f1_counts_the_words_shared_by_the_extracted_answer_and_gold(
+    completion: str, answer: str, expected: float | None
+) -> None:
+    assert token_f1(completion, answer) == expected
+
+
+def test_f1_is_the_best_over_gold_and_the_aliases_that_have_words() -> None:
+    assert token_f1("Countess Ada", "Ada Lovelace", ("the Countess Ada", "?!")) == 2 * 2 / 5
+    assert token_f1("Ada", "?!", ("Ada",)) == 1.0
+
+
+def test_terms_are_words_dates_and_numbers_in_order() -> None:
+    text = "The bridge, opened 23 Oct 2018, is 1,500 m long (1990–95)."
+    assert [(term.key, text[term.start : term.end]) for term in terms(text)] == [
+        ("bridge", "bridge"),
+        ("opened", "opened"),
+        (Date(2018, 10, 23), "23 Oct 2018"),
+        ("is", "is"),
+        (Number(Decimal(1500)), "1,500"),
+        ("m", "m"),
+        ("long", "long"),
+        (Date(1990), "1990"),
+        ("to", "–"),
+        (Number(Decimal(95)), "95"),
+    ]
+
+
+@given(ANSWERS)
+def test_terms_are_spelt_by_characters_of_the_text_in_order(text: str) -> None:
+    run = terms(text)
+    assert all(0 <= term.start < term.end <= len(text) for term in run)
+    assert [term.start for term in run] == sorted(term.start for term in run)
+
+
+def test_every_place_that_says_gold_is_found() -> None:
+    text = "Paris, in March 1990: PARIS."
+    assert [text[slice(*span)] for span in occurrences(terms(text), terms("paris"))] == [
+        *("Paris", "PARIS")
+    ]
+    assert [text[slice(*span)] for span in occurrences(terms(text), terms("1990"))] == [
+        "March 1990"
+    ]
+    assert occurrences(terms(text), []) == []
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("It was Ada Lovelace, I think.", "Ada Lovelace", True),
+        ("It was Ada King Lovelace.", "Ada Lovelace", False),
+        ("the hague", "The Hague", True),
+        ("Yorkshire", "York", False),
+        ("New York", "York", True),  # contained is not meant
+        ("O'Neil's book", "O'Neil", False),
+        ("25", "5", False),
+        ("25 cats", "25", True),
+        ("-5 °C", "5", False),
+        ("twenty-five", "25", True),
+        ("1,500 people", "1500", True),
+        ("It was March 3, 1990.", "1990", True),
+        ("1990", "March 3, 1990", False),
+        ("3 March 1990", "March 3, 1990", True),
+        ("4 March 1984", "3 April 1984", False),
+        ("5.0.4", "5.0", False),
+        ("season two, episode nine", "Season 2, Episode 9", True),
+        ("from 1903 to 1904", "1903-1904", True),
+        ("anything", "?!", False),
+        ("", "Ada", False),
+    ],
+)
+def test_gold_is_contained_as_a_run_of_whole_words_and_by_value(
+    completion: str, answer: str, expected: bool
+) -> None:
+    assert contained_match(completion, answer) is expected
+
+
+def test_an_alias_is_contained_as_well_as_gold() -> None:
+    assert contained_match("the Countess of Lovelace", "Ada", ("Countess of Lovelace",))
+    assert contained_match("the Countess", "Ada", ("Countess of Lovelace",)) is False
+
+
+@given(ANSWERS, ANSWERS)
+def test_every_answer_with_a_term_is_contained_on_a_line_of_its_own(answer: str, rest: str) -> None:
+    before = rest.rstrip(" -–−.,٣05")  # what would begin a number with the answer's figures
+    contained = contained_match(f"{before} ; {answer}", answer)
+    assert contained is bool(terms(answer))
+
+
+@pytest.mark.parametrize(
     ("completion", "expected"),
     [
         ("red book", 1 / 1),
@@ -191,6 +306,66 @@ def test_distinct_2_counts_word_bigrams_and_is_unscored_below_two_words(
     completion: str, expected: float | None
 ) -> None:
     assert distinct_2(completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("a b c a b c", 6 / 6),
+        ("a b x a b", 4 / 5),
+        ("a b a b a", 4 / 5),
+        ("no no no no", 4 / 4),
+        ("no no no", 0 / 3),  # two of "no no" would overlap
+        ("a b c d", 0 / 4),
+        ("A b, a B!", 4 / 4),
+        ("red", None),
+        ("", None),
+    ],
+)
+def test_repetition_is_the_share_of_the_longest_run_said_twice(
+    completion: str, expected: float | None
+) -> None:
+    assert repetition(completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("overlap", "grade", "expected"),
+    [(1.0, 5.0, 1.0), (1.0, 1.0, 0.6), (0.5, 3.0, 0.55), (0.0, 5.0, 0.5), (1.0, None, 0.5)],
+)
+def test_the_composite_is_half_overlap_and_half_grade(
+    overlap: float, grade: float | None, expected: float
+) -> None:
+    assert composite(overlap, grade) == pytest.approx(expected)
+    assert (composite(overlap, grade) >= ACCURATE) is (expected >= 0.6)
+
+
+def test_a_score_may_be_unscored_and_says_why() -> None:
+    assert Score(None, "Ada", "no gold").value is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("CCIN", LabelFigures(0.5, 0.25, 0.25, 2 / 3, 4 / 7, 4, 0)),
+        ("CC--", LabelFigures(1.0, 0.0, 0.0, 1.0, 1.0, 2, 2)),
+        ("NN", LabelFigures(0.0, 0.0, 1.0, 0.0, 0.0, 2, 0)),
+        ("II-", LabelFigures(0.0, 1.0, 0.0, 0.0, 0.0, 2, 1)),
+        ("-", LabelFigures(None, None, None, None, None, 0, 1)),
+        ("", LabelFigures(None, None, None, None, None, 0, 0)),
+    ],
+)
+def test_the_figures_of_simpleqa_leave_unscored_labels_out(
+    labels: str, expected: LabelFigures
+) -> None:
+    names = {"C": "CORRECT", "I": "INCORRECT", "N": "NOT_ATTEMPTED", "-": None}
+    figures = label_figures([names[label] for label in labels])
+    assert figures.f == pytest.approx(expected.f)
+    assert replace(figures, f=expected.f) == expected
+
+
+def test_a_label_of_another_rubric_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a label must be one of CORRECT, INCORRECT, NOT_ATTEM"):
+        label_figures(["CORRECT", "A"])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def records_of(gains: list[float]) -> list:
 def test_segmented_is_compared_with_every_other_arm_that_ran() -> None:
     made = compare_arms(records_of([0.3, 0.5, 0.7, 0.9]), ARMS, seed=0)
     assert {each.a for each in made} == {"segmented"}
-    assert len(made) == 2 * 8
+    assert len(made) == 2 * 9
     by_key = {(each.b, each.metric): each for each in made}
     generic = by_key["generic", "objective"]
     assert generic.diff == pytest.approx(0.5)
@@ -49,7 +49,8 @@ def test_segmented_is_compared_with_every_other_arm_that_ran() -> None:
 def test_what_was_tuned_is_not_tested_against_the_baseline() -> None:
     made = compare_arms(records_of([0.3, 0.5, 0.7, 0.9]), ARMS, seed=0)
     untested = {each.metric for each in made if each.b == "baseline" and each.p is None}
-    assert untested == {"objective", "overlap", "exact_match", "token_f1", "nll", "kl_unrelated"}
+    tuned_on = {"objective", "overlap", "exact_match", "correct", "token_f1", "nll"}
+    assert untested == {*tuned_on, "kl_unrelated"}
     assert all(each.p is not None for each in made if each.b == "generic")
 
 

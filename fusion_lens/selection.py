@@ -1,0 +1,92 @@
+"""The questions that the unsteered model fails: the ones an experiment can show something on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusion_lens.decoding import Row
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import ConfigError, ContextLengthError
+from fusion_lens.generation import check_context, generate
+from fusion_lens.judges import Judge, JudgeItem
+from fusion_lens.models import HookedModel
+from fusion_lens.prompts import question_prompt
+from fusion_lens.questions import Question
+from fusion_lens.scores import exact_match, label_figures
+from fusion_lens.tuning import Progress, TuningConfig, row_seed, with_engine_shape
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The questions that were kept, and of how many; `labels` are SimpleQA's figures by the judge,
+    over all that were asked. `too_long` do not fit the context and were not asked."""
+
+    questions: tuple[Question, ...]
+    asked: int
+    right: int
+    too_long: int
+    labels: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rates, without the questions."""
+        rates = asdict(self)
+        return {"kept": len(rates.pop("questions")), **rates}
+
+
+def select_failed(
+    model: HookedModel,
+    questions: Sequence[Question],
+    config: TuningConfig | None = None,
+    *,
+    judge: Judge | None = None,
+    by_judge: bool = False,
+    progress: Progress | None = None,
+    log: EngineLog | None = None,
+) -> Selected:
+    """Keep the questions whose greedy unsteered completion is not right: its extracted answer does
+    not match; or, with `by_judge`, which the judge calls INCORRECT, as the paper does.
+
+    Raises:
+        ConfigError: if `by_judge` is set without a judge.
+    """
+    if by_judge and judge is None:
+        raise ConfigError("a selection by the judge needs a judge, but got none.")
+    shaped = with_engine_shape(model, questions, config or TuningConfig(), n_rows=len(questions))
+    settings = shaped.generation
+    asked, rows = [], []
+    for question in questions:
+        prompt = question_prompt(model, question.question, shaped.template)
+        try:
+            check_context(model, prompt, settings.max_new_tokens, settings.cache_length)
+        except ContextLengthError:
+            continue
+        asked.append(question)
+        rows.append(Row(prompt, None, row_seed(shaped, question)))
+    shown = None if progress is None else lambda done: progress("selecting", done, len(rows))
+    written = generate(model, rows, settings, progress=shown, log=log)
+    texts = [completion.text for completion in written]
+    right = [
+        done.finite and exact_match(done.text, question.answer, question.aliases)
+        for question, done in zip(asked, written, strict=True)
+    ]
+    labels: list[str | None] = [None] * len(asked)
+    if judge is not None:
+        items = [
+            JudgeItem(question.question, question.answer, question.aliases, text)
+            for question, text in zip(asked, texts, strict=True)
+        ]
+        labels = [verdict.label for verdict in judge.judge(items)]
+    kept = tuple(
+        question
+        for question, hit, label in zip(asked, right, labels, strict=True)
+        if (label == "INCORRECT" if by_judge else not hit)
+    )
+    return Selected(
+        questions=kept,
+        asked=len(asked),
+        right=sum(right),
+        too_long=len(questions) - len(asked),
+        labels=None if judge is None else asdict(label_figures(labels)),
+    )
