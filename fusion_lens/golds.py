@@ -108,17 +108,19 @@ def _places(question: str, golds: tuple[str, ...], completion: str) -> set[tuple
     return places
 
 
-def _readings(gold: str, question: str, completion: str) -> Iterator[list[Term]]:
+def _readings(gold: str, question: str, completion: str) -> Iterator[tuple[Term, ...]]:
     whole = terms(gold)
     core = _core(gold, question)
     yield from (whole, core)
     match core:
         case [Term(key=Number(value, percent)) as only] if percent or _SHARE.search(question):
-            yield [replace(only, key=Number(value, not percent))]
+            yield (replace(only, key=Number(value, not percent)),)
     if all(isinstance(term.key, str) for term in whole):
-        yield from (terms(gold.replace("-", " ")), terms(gold.replace(" ", "-")))
+        for old, new in ("- ", " -"):
+            if old in gold:
+                yield terms(gold.replace(old, new))
     if WHO.search(question) and len(whole) > 2:
-        yield [term for term in whole if len(str(term.key)) > 1]  # Robert E. Lee, Robert Lee
+        yield tuple(term for term in whole if len(str(term.key)) > 1)  # Robert E. Lee, Robert Lee
     match gold.split(" and "):
         case [one, two]:
             yield from (terms(f"{two} and {one}"), terms(f"{two}, {one}"))
@@ -129,7 +131,7 @@ def _readings(gold: str, question: str, completion: str) -> Iterator[list[Term]]
                 yield terms(place)
 
 
-def _core(gold: str, question: str) -> list[Term]:
+def _core(gold: str, question: str) -> tuple[Term, ...]:
     """The gold answer without the noun and the unit that the question names, a preposition in front
     of a value, and the noun counted ("66 votes", not "101 Dalmatians"); the whole of it where
     nothing of its own is left."""
@@ -142,5 +144,5 @@ def _core(gold: str, question: str) -> list[Term]:
     core = whole[own[0] : own[-1] + 1] if own else whole
     match core:
         case [Term(key=Number() | Date(month=None)) as value, Term(key=str()) as noun]:
-            core = [value] if gold[noun.start].islower() else core
+            core = (value,) if gold[noun.start].islower() else core
     return core if any(term.key not in FUNCTION_WORDS for term in core) else whole

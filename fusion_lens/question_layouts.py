@@ -52,13 +52,14 @@ def _truthfulqa(row: Mapping[str, str], number: int) -> dict[str, Any]:
 
 
 def _popqa(row: Mapping[str, str], number: int) -> dict[str, Any]:
+    text = row["possible_answers"]
     try:
-        answers = json.loads(row["possible_answers"])
+        answers = json.loads(text)
     except (ValueError, RecursionError):
         answers = None
     if not isinstance(answers, list) or not answers:
         raise QuestionError(
-            f"'possible_answers' must be a JSON list of texts, but got {row['possible_answers']!r}"
+            f"'possible_answers' must be a JSON list of texts, but got {text[:40]!r}"
         )
     return {
         "id": f"popqa-{row['id']}",

@@ -179,7 +179,7 @@ def stratified(
     """
     if not 1 <= n <= len(questions):
         raise ConfigError(
-            f"n must lie in [1, {len(questions)}], the questions there are, but {n=}."
+            f"n must lie in [1, {len(questions)}], the questions there are, but got {n=}."
         )
     fields = [one_of("by", name, _TEXT_FIELDS) for name in by]
     strata: dict[tuple[str | None, ...], list[int]] = {}

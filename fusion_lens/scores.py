@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from fusion_lens.errors import one_of
@@ -117,7 +118,8 @@ def exact_match(completion: str, answer: str, aliases: Sequence[str] = ()) -> bo
     return bool(got) and any(got == normalise(gold) for gold in (answer, *aliases))
 
 
-def terms(text: str) -> list[Term]:
+@lru_cache(maxsize=4096)
+def terms(text: str) -> tuple[Term, ...]:
     """The dates and numbers of the text by value, and what is between them as words after
     `normalise`. A dash between two values is the word "to"."""
     run: list[Term] = []
@@ -130,7 +132,7 @@ def terms(text: str) -> list[Term]:
             run.append(Term("to", start, end))
         else:
             run += _word_terms(text, start, end)
-    return run
+    return tuple(run)
 
 
 def _word_terms(text: str, start: int, end: int) -> Iterator[Term]:

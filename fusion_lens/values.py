@@ -226,10 +226,8 @@ def agrees(found: Date | Number, gold: Date | Number) -> bool:
 def unit_beside(text: str, start: int, end: int) -> str | None:
     """The unit of the value at [start, end), by its full singular name; None where no known unit is
     written directly after it, nor a currency directly before."""
-    after, before = (
-        _UNIT_AFTER.match(text, end),
-        _UNIT_BEFORE.search(text[max(0, start - 20) : start]),
-    )
+    after = _UNIT_AFTER.match(text, end)
+    before = _UNIT_BEFORE.search(text[max(0, start - 20) : start])
     return (unit_name(after[1]) if after else None) or (unit_name(before[1]) if before else None)
 
 

@@ -1,8 +1,8 @@
-"""`data/judged.jsonl`: pairs labelled by hand, each before the judge ran on it, half of them made to
-mislead. An answer that says less than gold ("1990" for March 3, 1990) counts as INCORRECT.
+"""`data/judged.jsonl`: pairs labelled by hand, each before the judge ran on it, half of them made
+to mislead. An answer that says less than gold ("1990" for March 3, 1990) counts as INCORRECT.
 
 Of each answer type, 1 to 60 were written with the rules, 61 to 80 and 81 to 100 against them, and
-the rules then corrected; since 101 to 120 no rule was changed.
+the rules then corrected; for 101 to 120 no rule was changed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def label(question: str, answer: str, completion: str, *aliases: str) -> str | N
         ("?", SILENT, "names no answer"),
         ("I am not sure whether it was Paris.", SILENT, "refuses"),
         ("Perhaps Paris.", SILENT, "hedges"),
-        ("Paris?", SILENT, "asks back"),
+        ("Is it Paris?", SILENT, "asks back"),
         ("It was not Rome.", SILENT, "names no answer"),
     ],
 )
@@ -297,4 +297,4 @@ def test_the_gold_answers_of_other_simpleqa_questions_are_wrong(
         pairs += [(simpleqa[i], simpleqa[j].answer) for j in chosen]
     assert set(labels_of(pairs)) == {WRONG}
     assert len(pairs) == 5 * 4326
-    assert ambiguous < 0.02 * len(pairs)  # 259 were drawn and passed over
+    assert ambiguous < 0.02 * len(pairs)  # 284 were drawn and passed over

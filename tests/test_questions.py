@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fusion_lens.questions import (
     questions_digest,
     save_questions,
     select_questions,
+    stratified,
 )
 
 WHOLE = Question(
@@ -96,6 +98,14 @@ def test_csv_holds_the_same_with_lists_as_json(tmp_path: Path) -> None:
             ]
         )
     assert load_questions(path) == [WHOLE]
+
+
+@pytest.mark.parametrize("name", ["q.tsv", "q.csv"])
+def test_cells_are_divided_by_tabs_where_the_header_is(tmp_path: Path, name: str) -> None:
+    text = 'id\tquestion\tanswer\taliases\nx\t"Who, then?"\tAda, I think\t["Countess"]\n'
+    assert load_questions(written(tmp_path, name, text)) == [
+        Question("x", "Who, then?", "Ada, I think", aliases=("Countess",))
+    ]
 
 
 def test_empty_csv_cells_are_absent_fields(tmp_path: Path) -> None:
@@ -210,7 +220,8 @@ def test_a_csv_of_a_header_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_suffix_is_refused_before_the_file_is_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputFileError, match=r"must end in \.jsonl or \.csv, but got '\.json'"):
+    reason = r"must end in \.jsonl, \.csv or \.tsv, but got '\.json'"
+    with pytest.raises(InputFileError, match=reason):
         load_questions(tmp_path / "missing.json")
 
 
@@ -329,3 +340,72 @@ def test_a_split_that_keeps_nothing_is_answered_with_those_there_are() -> None:
 def test_a_limit_below_one_is_refused(limit: int) -> None:
     with pytest.raises(ConfigError, match=f"limit must be at least 1, but got {limit}"):
         select_questions(some(a="test", b="test"), limit=limit)
+
+
+def typed(**counts: int) -> list[Question]:
+    """Questions of the types named, one after another in turn."""
+    rows = [(name, i) for name, count in counts.items() for i in range(count)]
+    rows.sort(key=lambda row: row[1])
+    return [Question(f"{name}{i}", "Who?", "Ada", answer_type=name) for name, i in rows]
+
+
+def types(questions: list[Question]) -> Counter[str | None]:
+    return Counter(question.answer_type for question in questions)
+
+
+def test_a_stratified_sample_keeps_the_shares_and_the_order_of_the_file() -> None:
+    questions = typed(date=60, person=30, place=10)
+    sample = stratified(questions, 20, 0)
+    assert types(sample) == {"date": 12, "person": 6, "place": 2}
+    assert sample == [question for question in questions if question in sample]
+    assert stratified(questions, 100, 0) == questions
+
+
+def test_quotas_are_rounded_by_largest_remainder() -> None:
+    # of 7: 7 * 5/12 = 2.9, 7 * 4/12 = 2.3, 7 * 3/12 = 1.75
+    assert types(stratified(typed(a=5, b=4, c=3), 7, 0)) == {"a": 3, "b": 2, "c": 2}
+    assert types(stratified(typed(a=1, b=1, c=1), 2, 0)) == {"a": 1, "b": 1}
+
+
+@settings(max_examples=60)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), data=st.data())
+def test_no_quota_is_off_by_one_and_none_is_above_its_stratum(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    counts = {f"t{i}": size for i, size in enumerate(sizes)}
+    total = sum(sizes)
+    n = data.draw(st.integers(1, total))
+    sample = stratified(typed(**counts), n, seed=3)
+    assert len(sample) == len({question.id for question in sample}) == n
+    for name, size in counts.items():
+        assert abs(types(sample)[name] - n * size / total) < 1
+
+
+def test_the_seed_chooses_the_sample() -> None:
+    questions = typed(date=50, person=50)
+    assert stratified(questions, 10, 1) == stratified(questions, 10, 1)
+    assert stratified(questions, 10, 1) != stratified(questions, 10, 2)
+
+
+def test_strata_are_what_is_named_and_a_missing_value_is_one() -> None:
+    questions = [
+        Question(f"{topic}{split}{i}", "Who?", "Ada", topic=topic, split=split)
+        for i in range(4)
+        for topic, split in (("art", "dev"), ("art", "test"), (None, "dev"), (None, "test"))
+    ]
+    by_split = stratified(questions, 8, 0, by=["split"])
+    assert Counter(question.split for question in by_split) == {"dev": 4, "test": 4}
+    both = stratified(questions, 8, 0, by=("topic", "split"))
+    assert set(Counter((question.topic, question.split) for question in both).values()) == {2}
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_a_sample_larger_than_the_file_or_empty_is_refused(n: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        stratified(typed(a=3), n, 0)
+    assert str(caught.value) == f"n must lie in [1, 3], the questions there are, but got {n=}."
+
+
+def test_strata_by_another_field_are_refused() -> None:
+    with pytest.raises(ConfigError, match="by must be one of id, subject, topic, answer_type"):
+        stratified(typed(a=3), 1, 0, by=("aliases",))
