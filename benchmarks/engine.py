@@ -24,7 +24,7 @@ from floor import Products
 from plotly.subplots import make_subplots
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from fusion_lens import load_model, load_questions, run, select_questions
+from fusion_lens import ExperimentConfig, load_model, load_questions, run, select_questions
 from fusion_lens.activations import left_padded, padded_length, record, same_shape
 from fusion_lens.atlas import CHECKPOINT, QUESTIONS
 from fusion_lens.deltas import make_deltas
@@ -45,6 +45,7 @@ ROWS = (1, 8, 64, 256)
 REPEATS = {"atlas": 9, "gpt2-small-size": 3}
 TRIALS = 8
 ONE_BY_ONE = 4
+ARMS = ("baseline", "full", "segmented")
 ALONE = ("authors", "hooks_one_by_one")
 SHOWN = {
     "floor": ("floor: the engine's matrix products", "#8c8c8c", "dot"),
@@ -213,7 +214,8 @@ def share_of_run(n_questions: int = 60) -> dict[str, float]:
     questions = load_questions(QUESTIONS)
     with patch.object(Search, "ask", timed("ask")), patch.object(Search, "tell", timed("tell")):
         began = time.perf_counter()
-        summary = run(model, select_questions(questions, split="dev", limit=n_questions)).summary
+        chosen = select_questions(questions, split="dev", limit=n_questions)
+        summary = run(model, chosen, ExperimentConfig(arms=ARMS, reach=False)).summary
         seconds = time.perf_counter() - began
     return {
         "rows": summary["engine"]["rows"]["lean"],

@@ -37,7 +37,7 @@ from fusion_lens.statistics import cluster_bootstrap
 HERE = Path(__file__).parent
 COUNTS = (100, 200, 400, 1000)
 ROWS = (1, 64, 256, 1024, 4096)
-TUNED = ("full", "segmented")
+ARMS = ("baseline", "full", "segmented")
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def alone(*arguments: str) -> dict[str, float]:
 def one_run(path: Path, count: int) -> dict[str, float]:
     """A run of one round of trials, its seconds and this process' peak memory in MiB."""
     questions = load_questions(path)
-    config = ExperimentConfig(tuning=TuningConfig(search=SearchConfig(trials=5)))
+    config = configured(TuningConfig(search=SearchConfig(trials=5)))
     model = load_model()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -121,6 +121,11 @@ def peak_mib() -> float:
     return round(int(line.split()[1]) / 1024, 1)
 
 
+def configured(tuning: TuningConfig, arms: tuple[str, ...] = ARMS) -> ExperimentConfig:
+    """A few arms, and nothing after them."""
+    return ExperimentConfig(arms=arms, tuning=tuning, reach=False)
+
+
 def many_questions(count: int) -> list[Question]:
     """Questions that Atlas fails, from its world's generator."""
     model = load_model()
@@ -140,7 +145,7 @@ def shapes() -> dict[str, Any]:
     by_shape = {}
     for slots in (256, 16):
         generation = GenerationConfig(slots=slots)
-        config = ExperimentConfig(tuning=TuningConfig(generation=generation))
+        config = configured(TuningConfig(generation=generation))
         by_shape[slots] = run(model, questions, config).records
     pairs = list(zip(by_shape[256], by_shape[16], strict=True))
     other = [
@@ -165,7 +170,7 @@ def rounds() -> dict[str, Any]:
         best = {}
         for round_size in (5, 1):
             search = SearchConfig(seed=seed, round_size=round_size)
-            config = ExperimentConfig(arms=TUNED[1:], tuning=TuningConfig(search=search))
+            config = configured(TuningConfig(search=search), arms=("segmented",))
             best[round_size] = run(model, questions, config).records
         gaps += [a.objective - b.objective for a, b in zip(best[5], best[1], strict=True)]
         subjects += [record.subject for record in best[5]]

@@ -137,14 +137,14 @@ def choose(
     """
     chosen: list[Chosen] = []
     if prepared and {"baseline", "best_of_n"}.intersection(arms):
-        greedy, seconds = _timed(bench, prepared, lambda: _greedy(bench, prepared))
+        greedy, seconds = _timed(prepared, lambda: _greedy(bench, prepared))
         if "baseline" in arms:
             chosen += [
                 Chosen(item, "baseline", graded, seconds)
                 for item, graded in zip(prepared, greedy, strict=True)
             ]
         if "best_of_n" in arms:
-            best, more = _timed(bench, prepared, lambda: _best_of_n(bench, prepared, greedy))
+            best, more = _timed(prepared, lambda: _best_of_n(bench, prepared, greedy))
             n_samples = bench.config.search.trials
             chosen += [
                 Chosen(item, "best_of_n", graded, seconds + more, n_samples=n_samples)
@@ -166,6 +166,12 @@ def choose(
     order = {item.question.id: n for n, item in enumerate(prepared)}
     chosen.sort(key=lambda each: (order[each.prepared.question.id], arms.index(each.arm)))
     return chosen, interrupted
+
+
+def most_rows(config: TuningConfig, pool: Sequence[Question]) -> int:
+    """The most rows that are ever generated at once: a round of every tuned arm there is, for every
+    question of the file. It does not depend on what is run, and so the shape does not."""
+    return config.search.round_size * len(TUNED) * len(pool)
 
 
 def prefix_of(item: Prepared) -> str:
@@ -215,18 +221,18 @@ def _told(bench: Bench, prepared: Sequence[Prepared]) -> list[Chosen]:
         prefix = prefix_of(item)
         prompt = question_prompt(bench.model, item.question.question, template, prefix=prefix)
         if bench.fits(prompt, prefixed=True):
-            fitting.append((item, prefix, replace(item, prompt=prompt).row(bench.config)))
-    written = bench.write([row for _, _, row in fitting], prefixed=True)
-    graded = bench.score([item for item, _, _ in fitting], written)
+            fitting.append((item, replace(item, prompt=prompt), prefix))
+    rows = [asked.row(bench.config) for _, asked, _ in fitting]
+    graded = bench.score([asked for _, asked, _ in fitting], bench.write(rows, prefixed=True))
     seconds = (time.perf_counter() - began) / max(1, len(fitting))
     return [
         Chosen(item, "answer_in_prompt", each, seconds, prefix=prefix)
-        for (item, prefix, _), each in zip(fitting, graded, strict=True)
+        for (item, _, prefix), each in zip(fitting, graded, strict=True)
     ]
 
 
 def _timed(
-    bench: Bench, prepared: Sequence[Prepared], work: Callable[[], list[Graded]]
+    prepared: Sequence[Prepared], work: Callable[[], list[Graded]]
 ) -> tuple[list[Graded], float]:
     began = time.perf_counter()
     done = work()

@@ -233,14 +233,19 @@ def run(
         storage=storage,
     )
     available = _questions(questions, model)
-    donors = select_questions(
+    matching = select_questions(
         available,
         split=None if question_id else split,
         ids=tuple(question_id or ()),
         topic=topic,
         answer_type=answer_type,
     )
-    chosen = donors if sample is None else stratified(donors, sample, tuning.search.seed)
+    splits = {question.split for question in matching}
+    if len(splits) > 1 and question_id:
+        raise QuestionError(
+            f"questions of one run must be of one split, but got {', '.join(map(str, splits))}."
+        )
+    chosen = matching if sample is None else stratified(matching, sample, tuning.search.seed)
     if not question_id:
         chosen = chosen[:limit]
     source: dict[str, Any] = {
@@ -250,14 +255,16 @@ def run(
         "answer_type": answer_type,
         "sample": sample,
         "limit": None if question_id else limit,
-        "available": len(donors),
+        "available": len(matching),
     }
     _require_writable(out / "results.jsonl")
     judging = _judge(judge, judge_cache)
     opened = _load(model, dtype, device)
     with _progress() as progress:
         if failed:
-            selected = select_failed(opened, chosen, tuning, judge=judging, progress=progress)
+            selected = select_failed(
+                opened, chosen, tuning, pool=available, judge=judging, progress=progress
+            )
             chosen = list(selected.questions)
             source["selected"] = selected.to_dict()
             if not chosen:
@@ -265,16 +272,13 @@ def run(
                     f"at least one question must be failed, but the model is right on all "
                     f"{selected.asked}."
                 )
-        if question_id:
-            splits = {question.split for question in chosen}
-            donors = [question for question in available if question.split in splits]
         results = run_experiment(
             opened,
             chosen,
             config,
             out=out,
             pool=available,
-            donors=donors,
+            donors=[question for question in available if question.split in splits],
             judge=judging,
             source=source,
             progress=progress,

@@ -9,7 +9,7 @@ question, this delta turned at random, and the bare direction of the gold tokens
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,13 +43,16 @@ class GenericDelta:
             self.total = vectors if self.total is None else self.total + vectors
             self.of.add(name)
 
-    def without(self, name: str, deltas: Deltas) -> Float[Tensor, "layer d_model"] | None:
+    def without(self, left_out: Mapping[str, Deltas]) -> Float[Tensor, "layer d_model"] | None:
         """The mean delta of the other questions; None where there is no other."""
-        others = len(self.of - {name})
+        others = len(self.of - left_out.keys())
         if self.total is None or not others:
             return None
-        own = deltas.vectors.double() if name in self.of else torch.zeros_like(self.total)
-        return ((self.total - own) / others).to(deltas.vectors.dtype)
+        total = self.total
+        for name in self.of & left_out.keys():
+            total = total - left_out[name].vectors.double()
+        dtype = next(iter(left_out.values())).vectors.dtype
+        return (total / others).to(dtype)
 
 
 def generic_share(

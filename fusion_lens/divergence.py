@@ -7,6 +7,7 @@ are read teacher-forced. A text counts as written by the model: its BOS is the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,11 @@ def unrelated_texts(model: HookedModel, path: str | Path, *, n_tokens: int = 200
     ]
 
 
+def n_counted(text: Prompt) -> int:
+    """The tokens of a text that count: all but its BOS."""
+    return len(text.tokens) - _leading(text)
+
+
 def kl_unrelated(
     model: HookedModel,
     texts: Sequence[Prompt],
@@ -63,12 +69,12 @@ def kl_unrelated(
     *,
     executor: str = "auto",
     log: EngineLog | None = None,
-) -> list[float]:
+) -> list[float | None]:
     """KL(unsteered || steered) in nats per token of `texts`, for each way of steering: a plan, or
     the tokens of a prefix put in front of every text (behind its BOS).
 
     Every token but a BOS counts once, as the place whose next token is predicted. The mean is in
-    float64.
+    float64; None where it is not finite.
 
     Raises:
         ConfigError: if there is no text.
@@ -79,7 +85,7 @@ def kl_unrelated(
     run, reason = executor_of(model, executor)
     log.fell_back(reason)
     sums = torch.zeros(len(steered), dtype=torch.float64)
-    n_tokens = sum(len(text.tokens) - _leading(text) for text in texts)
+    n_tokens = sum(map(n_counted, texts))
     most = max(1, _LOGITS_AT_ONCE // (WINDOW * int(model.cfg.d_vocab)))
 
     def read(n_rows: int) -> None:
@@ -88,16 +94,18 @@ def kl_unrelated(
             unsteered = _read(run, batch, ())
             log_p = at_least_float32(unsteered).log_softmax(dim=-1)
             p = log_p.exp()
-            entropy = -(p * log_p).sum(dim=-1)
+            entropy = -_product(p, log_p)
             for i, way in enumerate(steered):
                 q = at_least_float32(_read(run, batch, way))
                 # sum p (log p - log q), with log q = q - logsumexp q
-                kl = torch.logsumexp(q, dim=-1) - (p * q).sum(dim=-1) - entropy
+                kl = torch.logsumexp(q, dim=-1) - _product(p, q) - entropy
                 sums[i] += kl.masked_fill(~batch.counted, 0).double().sum().cpu()
 
     with evaluating(model):
         log.halving(min(_ROWS, len(texts)), read)
-    return [float(total) / n_tokens for total in sums.clamp(min=0)]
+    return [
+        total / n_tokens if math.isfinite(total) else None for total in sums.clamp(min=0).tolist()
+    ]
 
 
 class _Batch:
@@ -137,6 +145,13 @@ def _read(
     plans = [plan] * len(tokens)
     with run.at_blocks(batch_steering(plans, batch.layouts, Cursor(0, tokens.shape[1]))):
         return run.forward(tokens, mask, last=batch.width)
+
+
+def _product(
+    p: Float[Tensor, "row pos d_vocab"], logs: Float[Tensor, "row pos d_vocab"]
+) -> Float[Tensor, "row pos"]:
+    """sum p * log, where a masked vocabulary's 0 * -inf is 0."""
+    return torch.where(p > 0, p * logs, torch.zeros_like(p)).sum(dim=-1)
 
 
 def _on_written(plan: Plan) -> Plan | None:

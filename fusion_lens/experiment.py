@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from fusion_lens.activations import padded_length
-from fusion_lens.arms import ARMS, TUNED, Bench, Chosen, choose, prefix_of_question
-from fusion_lens.divergence import unrelated_texts
+from fusion_lens.arms import ARMS, TUNED, Bench, Chosen, choose, most_rows, prefix_of_question
+from fusion_lens.divergence import n_counted, unrelated_texts
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError, one_of
 from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
@@ -90,6 +90,11 @@ class ExperimentConfig:
             )
 
     @property
+    def lends(self) -> bool:
+        """Whether questions other than those that are run have to lend their deltas."""
+        return self.centre or any(TUNED[arm].vectors != "own" for arm in self.tuned_arms)
+
+    @property
     def tuned_arms(self) -> list[str]:
         """The arms with a search."""
         return [arm for arm in self.arms if arm in TUNED]
@@ -119,13 +124,15 @@ def run(
     the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
 
     Raises:
-        ConfigError: if two questions share an id.
+        ConfigError: if there is no question, or two share an id.
         PlanError: if the model has fewer layers than segments.
         InputFileError: if the unrelated text cannot be read or is too short.
         OutputError: if `out` cannot be written.
     """
     config = config or ExperimentConfig()
     judge = judge or LexicalJudge()
+    if not questions:
+        raise ConfigError("there must be at least one question to run, but got none.")
     ids = [question.id for question in questions]
     if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
@@ -136,7 +143,7 @@ def run(
             config.storage, [f"{name}/{arm}" for name in ids for arm in config.tuned_arms]
         )
     pool = pool or questions
-    n_rows = max(1, config.tuning.search.round_size * len(config.tuned_arms)) * len(pool)
+    n_rows = most_rows(config.tuning, pool)
     shaped = with_engine_shape(model, pool, config.tuning, n_rows=n_rows)
     config = replace(config, tuning=shaped)
     unrelated = [] if config.unrelated is None else unrelated_texts(model, config.unrelated)
@@ -148,12 +155,13 @@ def run(
         try:
             lenders.gather(
                 questions,
-                donors or questions,
+                (donors or questions) if config.lends else (),
                 block_size=config.block_size,
                 log=log,
                 progress=progress,
             )
-            room = _prefix_room(model, pool, config)
+            prefixed = "answer_in_prompt" in config.arms
+            room = _prefix_room(model, pool, config) if prefixed else 0
             for start in range(0, len(questions), config.block_size):
                 bench = Bench(
                     model,
@@ -190,7 +198,7 @@ def run(
             "sharing_a_word": sum(shared > 0 for shared in donated),
         },
         "judge": {"name": judge.name, **_costs(judge)},
-        "unrelated_tokens": sum(len(text.tokens) - len(text.special) for text in unrelated),
+        "unrelated_tokens": sum(map(n_counted, unrelated)) if config.reach else 0,
         "engine": log.to_dict(),
         "interrupted": kept.interrupted,
         "seconds": round(time.perf_counter() - began, 2),
@@ -225,13 +233,15 @@ def _run_block(
     prepared = [bench.lenders.prepared[name] for name in names if name in bench.lenders.prepared]
     chosen, kept.interrupted = choose(bench, prepared, config.arms, segments, progress=progress)
     nothing = Reach(None, 0, None, 0, None)
-    reached = (
-        measure(bench, chosen, unrelated)
-        if config.reach and not kept.interrupted
-        else [nothing] * len(chosen)
-    )
+    reached = [nothing] * len(chosen)
+    if config.reach and not kept.interrupted:
+        try:
+            reached = measure(bench, chosen, unrelated)
+        except KeyboardInterrupt:  # what was searched is kept
+            kept.interrupted = True
     verdicts = judge.judge([_judged(each) for each in chosen])
     records = [_result(bench, *each) for each in zip(chosen, reached, verdicts, strict=True)]
+    _write_block(chosen, records, folder, config.storage)
     kept.records += records
     kept.failures += [
         Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
@@ -243,7 +253,6 @@ def _run_block(
         share = bench.lenders.share(item)
         if share is not None:
             kept.generic_shares[item.question.id] = share.tolist()
-    _write_block(chosen, records, folder, config.storage)
 
 
 def _write_block(

@@ -32,8 +32,6 @@ from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
 from fusion_lens.tuning import Failure, Prepared, Progress, TuningConfig, prepare, seed_of
 
-VECTORS = ("own", "generic", "mismatched", "random", "unembed")
-
 
 @dataclass(slots=True)
 class Lenders:
@@ -94,33 +92,35 @@ class Lenders:
         """The vectors of one kind for a question; None where nobody can lend them.
 
         "own" is the question's delta, without the generic one if the run is centred; the other
-        kinds are those of `controls`. "mismatched" is centred as "own" is.
+        kinds are those of `controls`. "mismatched" is centred on those that are neither of the two.
         """
         if kind == "own":
             return self._own(to)
         if kind == "generic":
-            generic = self.generic.without(to.question.id, to.deltas)
+            generic = self.generic.without(_named(to))
             return None if generic is None else with_vectors(to.deltas, generic)
         if kind == "mismatched":
             donor = self.donors.get(to.question.id)
-            lent = None if donor is None else self._own(self.prepared[donor.id])
+            lent = None if donor is None else self._own(self.prepared[donor.id], to)
             return None if lent is None else with_vectors(to.deltas, lent.vectors)
         own = self._own(to)
-        if own is None or kind == "random":
-            seed = seed_of(self.config.search.seed, to.question.id, "random")
-            return None if own is None else turned(own, seed)
+        if own is None:
+            return None
+        if kind == "random":
+            return turned(own, seed_of(self.config.search.seed, to.question.id, "random"))
+        assert kind == "unembed", kind
         gold = tokenize(self.model, f" {to.question.answer}", prepend_bos=False)
         return towards_unembedding(self.model, own, gold.tokens)
 
     def share(self, of: Prepared) -> Float[Tensor, " layer"] | None:
         """See `controls.generic_share`; None where there is no other question."""
-        generic = self.generic.without(of.question.id, of.deltas)
+        generic = self.generic.without(_named(of))
         return None if generic is None else generic_share(of.deltas, generic)
 
-    def _own(self, item: Prepared) -> Deltas | None:
+    def _own(self, item: Prepared, *besides: Prepared) -> Deltas | None:
         if not self.centre:
             return item.deltas
-        generic = self.generic.without(item.question.id, item.deltas)
+        generic = self.generic.without(_named(item, *besides))
         if generic is None:
             return None
         return with_vectors(item.deltas, item.deltas.vectors - generic)
@@ -138,3 +138,7 @@ class Lenders:
             replace(item.deltas, reference=mean[0], base=mean[1])
             for item, mean in zip(ready, kept, strict=True)
         ]
+
+
+def _named(*items: Prepared) -> dict[str, Deltas]:
+    return {item.question.id: item.deltas for item in items}

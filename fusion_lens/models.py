@@ -325,7 +325,7 @@ def _digests(model: Any) -> tuple[str, str]:
     sums = [sample.view(_BITS[sample.element_size()]).sum() for sample in samples]
     state = (
         *((parameter.data_ptr(), parameter._version) for parameter in parameters),
-        *torch.stack(sums).tolist(),
+        *torch.stack([total.to("cpu") for total in sums]).tolist(),
     )
     known = _DIGESTS.get(model)
     if known is None or known[0] != state:

@@ -79,7 +79,9 @@ def sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:
     ]
     measured = (arm["metrics"] for arm in summary["arms"].values())
     if any(metrics[name]["n"] for metrics in measured for name in _REACH):
-        title = "the chosen plan, unchanged, elsewhere"
+        title = "what was chosen, unchanged, elsewhere"
+        if "best_of_n" in summary["arms"]:
+            title += " (best_of_n: fresh samples, chosen against gold)"
         tokens = summary["unrelated_tokens"]
         title += f"; KL from unsteered on {tokens:,} tokens of unrelated text" if tokens else ""
         made.append(Section(title, *_by_arm(summary["arms"], _REACH, between)))
@@ -195,7 +197,7 @@ def _by_arm(
     rows = tuple(
         (
             name,
-            str(arm["n"]),
+            str(arm["n"]) + (f" ({arm['unscored']} unscored)" if arm.get("unscored") else ""),
             *(
                 _cell(arm["metrics"][metric], form, between)
                 for metric, (_, form) in columns.items()

@@ -166,7 +166,12 @@ def open_run_folder(folder: str | Path) -> Path:
             raise OutputError(folder, "it has files that are not a run's")
         (folder / "plans").mkdir(exist_ok=True)
         figures = [*(folder / "figures").glob("*.html"), *(folder / "figures").glob("*.png")]
-        for stale in (*records, *(folder / "plans").glob("*.safetensors"), *figures):
+        for stale in (
+            *records,
+            folder / "report.md",
+            *(folder / "plans").glob("*.safetensors"),
+            *figures,
+        ):
             stale.unlink(missing_ok=True)
         (folder / "results.jsonl").touch()
     except OutputError:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fusion_lens.arms import most_rows
 from fusion_lens.decoding import Row
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError, ContextLengthError
@@ -40,20 +41,23 @@ def select_failed(
     questions: Sequence[Question],
     config: TuningConfig | None = None,
     *,
+    pool: Sequence[Question] | None = None,
     judge: Judge | None = None,
     by_judge: bool = False,
     progress: Progress | None = None,
     log: EngineLog | None = None,
 ) -> Selected:
     """Keep the questions whose greedy unsteered completion is not right: its extracted answer does
-    not match; or, with `by_judge`, which the judge calls INCORRECT, as the paper does.
+    not match; or, with `by_judge`, which the judge calls INCORRECT, as the paper does. `pool` as in
+    `run`, whose baseline then writes the same.
 
     Raises:
         ConfigError: if `by_judge` is set without a judge.
     """
     if by_judge and judge is None:
         raise ConfigError("a selection by the judge needs a judge, but got none.")
-    shaped = with_engine_shape(model, questions, config or TuningConfig(), n_rows=len(questions))
+    config, pool = config or TuningConfig(), pool or questions
+    shaped = with_engine_shape(model, pool, config, n_rows=most_rows(config, pool))
     settings = shaped.generation
     asked, rows = [], []
     for question in questions:

@@ -103,6 +103,7 @@ def compare(
     *,
     names: tuple[str, str],
     metric: str,
+    share: bool = False,
     binary: bool = False,
     test: bool = True,
     seed: int = 0,
@@ -111,15 +112,15 @@ def compare(
 
     Tested by McNemar's exact test where values are 0 or 1 (`binary`) and every cluster has one
     question, else by flipping the signs of whole clusters (exactly where there are few, else 10,000
-    times). Where no `binary` value differs the interval is Wilson's for the share of clusters that
-    do, on both sides: 0 of 60 is not 0 for certain.
+    times). Where no value of a `share` differs the interval is Wilson's for the share of clusters
+    that do, on both sides: 0 of 60 is not 0 for certain.
 
     Raises:
         ValueError: if the three have different lengths.
     """
     diffs = [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
     interval = cluster_bootstrap(diffs, clusters, seed=seed)
-    if binary and interval.clusters > 1 and not any(diffs):
+    if share and interval.clusters > 1 and not any(diffs):
         most = _wilson(0, interval.clusters)[1]
         interval = replace(interval, low=-most, high=most)
     made = Comparison(

@@ -47,7 +47,15 @@ COMPARED = (
 AGAINST = ("generic", "mismatched", "random", "best_of_n", "full", "unembed")
 _BINARY = ("exact_match", "contained_match", "correct")
 _SHARES = (*_BINARY, "transfer_exact_match", "neighbours_kept")
-_UNTESTED_AGAINST_BASELINE = ("objective", "overlap", "exact_match", "correct", "token_f1", "nll")
+_UNTESTED_AGAINST_BASELINE = (
+    "objective",
+    "overlap",
+    "exact_match",
+    "correct",
+    "token_f1",
+    "nll",
+    "kl_unrelated",
+)
 _GROUPS = ("topic", "answer_type")
 _OF_GROUPS = ("exact_match", "overlap", "objective")
 
@@ -114,6 +122,7 @@ def compare_arms(records: Sequence[Result], arms: Sequence[str], seed: int) -> l
                     [subjects[name] for name in names],
                     names=("segmented", other),
                     metric=metric,
+                    share=metric in _SHARES,
                     binary=metric in _BINARY,
                     test=_is_tested(metric, other),
                     seed=seed,
@@ -128,12 +137,18 @@ def compare_runs(one: Sequence[Result], other: Sequence[Result]) -> list[Compari
     Holm-corrected per metric over the arms.
 
     Raises:
-        ConfigError: if the two share no question under one arm.
+        ConfigError: if the two share no question under one arm, or mean different ones by an id.
     """
     first, second = ({(r.arm, r.question_id): r for r in run} for run in (one, other))
     both = [key for key in second if key in first]
     if not both:
         raise ConfigError("two runs must share a question under one arm, but share none.")
+    for key in both:
+        if (first[key].question, first[key].answer) != (second[key].question, second[key].answer):
+            raise ConfigError(
+                f"two runs must mean the same question by an id, but {key[1]!r} is "
+                f"{first[key].question!r} in one and {second[key].question!r} in the other."
+            )
     made = []
     for metric in COMPARED:
         family = []
@@ -146,6 +161,7 @@ def compare_runs(one: Sequence[Result], other: Sequence[Result]) -> list[Compari
                     [first[key].subject for key in keys],
                     names=(arm, arm),
                     metric=metric,
+                    share=metric in _SHARES,
                     binary=metric in _BINARY,
                 )
             )
@@ -170,9 +186,10 @@ def interval_of(name: str, records: Sequence[Result], seed: int) -> Interval:
 
 
 def _is_tested(metric: str, other: str) -> bool:
-    if other == "baseline":
-        return metric not in (*_UNTESTED_AGAINST_BASELINE, "kl_unrelated")
-    return True
+    # the neighbours counted are those the baseline is right on, and best_of_n has its run
+    if metric == "neighbours_kept" and other in ("baseline", "best_of_n"):
+        return False
+    return other != "baseline" or metric not in _UNTESTED_AGAINST_BASELINE
 
 
 def _searches(records: Sequence[Result]) -> Mapping[str, Any]:

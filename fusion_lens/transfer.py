@@ -61,6 +61,8 @@ def measure(bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt])
     hits = _answers(bench, asked, wordings, plain, knows)
     reached: dict[tuple[str, str, bool], list[bool]] = {}
     for (each, n), hit in zip(asked, hits, strict=True):
+        if hit is None:
+            continue
         key = (each.prepared.question.id, each.arm, wordings[n].neighbour)
         reached.setdefault(key, []).append(hit)
     made = []
@@ -96,22 +98,27 @@ def _answers(
     wordings: Sequence[_Wording],
     plain: Sequence[Completion],
     knows: Sequence[bool],
-) -> list[bool]:
-    """Whether each arm answers each wording rightly."""
+) -> list[bool | None]:
+    """Whether each arm answers each wording rightly; None where its prompt does not fit."""
     steered = [(i, each.plan, n) for i, (each, n) in enumerate(asked) if each.plan is not None]
     sampled = [(i, n) for i, (each, n) in enumerate(asked) if each.n_samples > 1]
-    hits = [knows[n] for _, n in asked]
+    hits: list[bool | None] = [knows[n] for _, n in asked]
     written = bench.write([wordings[n].item.row(bench.config, plan) for _, plan, n in steered])
     for (i, _, n), done in zip(steered, written, strict=True):
         hits[i] = _right(wordings[n], done)
     template = bench.config.template
-    prefixed = [(i, each.prefix, n) for i, (each, n) in enumerate(asked) if each.prefix]
-    rows = []
-    for _, prefix, n in prefixed:
-        item = wordings[n].item
+    prefixed, rows = [], []
+    for i, (each, n) in enumerate(asked):
+        if not each.prefix:
+            continue
+        item, prefix = wordings[n].item, each.prefix
         prompt = question_prompt(bench.model, item.question.question, template, prefix=prefix)
-        rows.append(replace(item, prompt=prompt).row(bench.config))
-    for (i, _, n), done in zip(prefixed, bench.write(rows, prefixed=True), strict=True):
+        if bench.fits(prompt, prefixed=True):
+            prefixed.append((i, n))
+            rows.append(replace(item, prompt=prompt).row(bench.config))
+        else:
+            hits[i] = None
+    for (i, n), done in zip(prefixed, bench.write(rows, prefixed=True), strict=True):
         hits[i] = _right(wordings[n], done)
     best = _best_samples(bench, [wordings[n] for _, n in sampled], [plain[n] for _, n in sampled])
     for (i, n), done in zip(sampled, best, strict=True):
@@ -148,7 +155,8 @@ def _best_samples(
 def _divergence(
     bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt]
 ) -> list[float | None]:
-    """0 for what leaves the model alone; a choice among samples has no next-token distribution."""
+    """0 for what leaves the model alone; a choice among samples has no next-token distribution,
+    and a prefix may leave no room for the texts."""
     if not unrelated:
         return [None] * len(chosen)
     ways: dict[int, Plan | tuple[int, ...]] = {}
@@ -157,6 +165,10 @@ def _divergence(
             ways[i] = each.plan
         elif each.prefix:
             ways[i] = tokenize(bench.model, each.prefix, prepend_bos=False).tokens
+    longest = max(len(text.tokens) for text in unrelated)
+    room = int(bench.model.cfg.n_ctx) - longest
+    beyond = {i for i, way in ways.items() if isinstance(way, tuple) and len(way) > room}
+    ways = {i: way for i, way in ways.items() if i not in beyond}
     measured = kl_unrelated(
         bench.model,
         unrelated,
@@ -165,7 +177,10 @@ def _divergence(
         log=bench.log,
     )
     values = dict(zip(ways, measured, strict=True))
-    return [None if each.n_samples > 1 else values.get(i, 0.0) for i, each in enumerate(chosen)]
+    return [
+        None if each.n_samples > 1 or i in beyond else values.get(i, 0.0)
+        for i, each in enumerate(chosen)
+    ]
 
 
 def _right(wording: _Wording, done: Completion) -> bool:

@@ -509,7 +509,8 @@ def _search(job: Job, config: TuningConfig) -> Search[Graded]:
         [segment.name for segment in job.segments],
         replace(
             config.search,
-            seed=seed_of(config.search.seed, job.prepared.question.id, job.arm, "sampler"),
+            # the same for every arm: they differ in vectors and segments only
+            seed=seed_of(config.search.seed, job.prepared.question.id, "sampler"),
         ),
         lambda coeffs: job.plan(coeffs, config).injected_norm,
     )

@@ -27,14 +27,16 @@ def test_the_generic_delta_is_the_mean_of_the_others(tiny: HookedModel) -> None:
     generic = GenericDelta()
     for name, factor in (("a", 1.0), ("b", 2.0), ("c", 6.0), ("c", 100.0)):
         generic.add(name, deltas * factor)
-    assert torch.allclose(generic.without("a", deltas), 4.0 * deltas.vectors)
-    assert torch.allclose(generic.without("c", deltas * 6.0), 1.5 * deltas.vectors, atol=1e-6)
-    assert torch.allclose(generic.without("stranger", deltas), 3.0 * deltas.vectors)
+    assert torch.allclose(generic.without({"a": deltas}), 4.0 * deltas.vectors)
+    assert torch.allclose(generic.without({"c": deltas * 6.0}), 1.5 * deltas.vectors, atol=1e-6)
+    both = {"a": deltas, "c": deltas * 6.0}
+    assert torch.allclose(generic.without(both), 2.0 * deltas.vectors, atol=1e-6)
+    assert torch.allclose(generic.without({"stranger": deltas}), 3.0 * deltas.vectors)
     alone = GenericDelta()
-    assert alone.without("a", deltas) is None
+    assert alone.without({"a": deltas}) is None
     alone.add("a", deltas)
-    assert alone.without("a", deltas) is None
-    assert torch.allclose(alone.without("b", deltas), deltas.vectors)
+    assert alone.without({"a": deltas}) is None
+    assert torch.allclose(alone.without({"b": deltas}), deltas.vectors)
 
 
 def test_the_generic_share_is_a_squared_cosine_per_layer(tiny: HookedModel) -> None:

@@ -135,8 +135,9 @@ def test_another_selection_of_a_file_gives_the_same_numbers_to_the_last_bit(tiny
     some = run(tiny, QUESTIONS[1:2], config, pool=QUESTIONS)
     assert comparable(some.records) == comparable(results.records)[3:6]
     generation = some.summary["provenance"]["settings"]["tuning"]["generation"]
-    # 3 trials a round under each of two arms for every question of the file, in eights
-    assert (generation["slots"], generation["cache_length"]) == (24, 40)
+    # 3 trials a round under each of six arms for every question of the file, in eights, whatever
+    # arms are run
+    assert (generation["slots"], generation["cache_length"]) == (56, 40)
 
 
 def lines_without_times(folder) -> list[str]:
@@ -211,10 +212,12 @@ def test_a_storage_that_cannot_take_the_studies_fails_before_the_work(tiny, tmp_
 
 def test_another_seed_gives_other_coefficients(tiny, finished) -> None:
     results, _ = finished
-    search = dataclasses.replace(QUICK.search, seed=5)
-    config = ExperimentConfig(arms=THREE, tuning=dataclasses.replace(QUICK, search=search))
-    other = run(tiny, QUESTIONS, config)
-    assert [r.coeffs for r in other.records] != [r.coeffs for r in results.records]
+    found = {json.dumps([r.coeffs for r in results.records])}
+    for seed in (5, 6, 7):
+        search = dataclasses.replace(QUICK.search, seed=seed)
+        config = ExperimentConfig(arms=THREE, tuning=dataclasses.replace(QUICK, search=search))
+        found.add(json.dumps([r.coeffs for r in run(tiny, QUESTIONS, config).records]))
+    assert len(found) > 1
 
 
 def test_a_question_that_fails_is_recorded_with_its_reason_and_the_run_goes_on(tiny) -> None:

@@ -28,9 +28,9 @@ LAYERS = (
     {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood"},
     {"tuning", "results", "statistics"},
-    {"lenders", "summary", "selection"},
+    {"lenders", "summary"},
     {"arms"},
-    {"transfer"},
+    {"transfer", "selection"},
     {"experiment", "plots", "report"},
     {"cli"},
 )

@@ -171,7 +171,7 @@ def test_what_is_not_tested_or_has_one_cluster_has_no_p() -> None:
 
 
 def test_no_difference_among_few_is_not_no_difference_for_certain() -> None:
-    made = compared([1.0] * 20, [1.0] * 20, binary=True)
+    made = compared([0.6] * 20, [0.6] * 20, share=True)
     # Wilson's upper bound of 0 of 20
     assert (made.diff, made.low, made.high) == (0.0, pytest.approx(-0.161, abs=1e-3), -made.low)
 

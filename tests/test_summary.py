@@ -50,7 +50,8 @@ def test_what_was_tuned_is_not_tested_against_the_baseline() -> None:
     made = compare_arms(records_of([0.3, 0.5, 0.7, 0.9]), ARMS, seed=0)
     untested = {each.metric for each in made if each.b == "baseline" and each.p is None}
     tuned_on = {"objective", "overlap", "exact_match", "correct", "token_f1", "nll"}
-    assert untested == {*tuned_on, "kl_unrelated"}
+    # a baseline is right on all the neighbours that count, and leaves unrelated text alone
+    assert untested == {*tuned_on, "kl_unrelated", "neighbours_kept"}
     assert all(each.p is not None for each in made if each.b == "generic")
 
 
@@ -60,6 +61,20 @@ def test_a_family_is_corrected_over_its_arms() -> None:
     made = compare_arms(records, (*ARMS, "random"), seed=0)
     objective = [each for each in made if each.metric == "objective" and each.p is not None]
     assert [(each.p, each.p_holm) for each in objective] == [(0.125, 0.25)] * 2
+
+
+def test_best_of_n_has_the_right_run_on_every_neighbour_and_is_not_tested_on_them() -> None:
+    records = records_of([0.3, 0.5, 0.7, 0.9])
+    records += [replace(r, arm="best_of_n") for r in records if r.arm == "baseline"]
+    made = {(c.b, c.metric): c for c in compare_arms(records, (*ARMS, "best_of_n"), seed=0)}
+    assert made["best_of_n", "neighbours_kept"].p is None
+    assert made["best_of_n", "objective"].p is not None
+    # no question differs in a share: not no difference for certain
+    assert (
+        made["generic", "transfer_exact_match"].low
+        < 0
+        < made["generic", "transfer_exact_match"].high
+    )
 
 
 def test_a_question_that_one_arm_lacks_is_unscored_in_the_pair() -> None:
@@ -111,3 +126,5 @@ def test_two_runs_are_compared_over_the_questions_both_have() -> None:
     assert made["baseline", "objective"].diff == 0.0
     with pytest.raises(ConfigError, match="must share a question under one arm"):
         compare_runs(one, [replace(r, question_id="x") for r in other])
+    with pytest.raises(ConfigError, match="must mean the same question by an id, but 'q0' is"):
+        compare_runs(one, [replace(r, question="Who else?") for r in other])
