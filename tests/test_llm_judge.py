@@ -453,11 +453,14 @@ def test_an_interrupt_keeps_what_was_answered_and_sends_nothing_more(tmp_path: P
     items = [item("Who?"), item("Who is slow?"), item("Who is slow too?")]
     script = {"slow": [says("CORRECT", after=5.0)]}
     with serving(script) as server, judge_of(server, cache=cache, max_connections=1) as judge:
+        # a shell ignores the signal for what it starts in the background
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
         interrupt.start()
         with pytest.raises(KeyboardInterrupt):
             judge.judge(items)
         interrupt.join()
+        signal.signal(signal.SIGINT, before)
         assert len(cache.read_text("utf-8").splitlines()) == 1
         assert labels(judge.judge(items[:1])) == ["CORRECT"]
         assert server.asked("Who?") == server.asked("Who is slow?") == 1

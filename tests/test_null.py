@@ -71,7 +71,7 @@ def test_against_another_questions_gold_segmented_and_mismatched_are_alike(
     atlas: HookedModel,
 ) -> None:
     questions = load_questions(QUESTIONS)[:120]
-    config = shaped(atlas, questions, trials=6)
+    config = shaped(atlas, questions, trials=4)
     by_id = {question.id: question for question in questions}
     rng = np.random.default_rng(0)
 
