@@ -430,7 +430,8 @@ root.__path__ = list(importlib.util.find_spec("fusion_lens").submodule_search_lo
 sys.modules["fusion_lens"] = root
 import fusion_lens.search
 loaded = {name for name in sys.modules if name.startswith("fusion_lens.")}
-assert loaded == {"fusion_lens." + name for name in ("search", "scores", "values", "errors")}, loaded
+known = {"fusion_lens." + name for name in ("search", "scores", "values", "errors")}
+assert loaded == known, loaded
 assert not {"transformer_lens", "transformers", "torch"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
