@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from fusion_lens.atlas import QUESTIONS
+from fusion_lens.questions import load_questions, save_questions
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -56,9 +57,12 @@ def test_the_bench_measures_every_variant_and_draws_them(script, tmp_path: Path)
     assert 0 < run["sampler_share"] < 0.5
 
 
-def test_a_long_measurement_counts_its_rows_and_its_memory(script) -> None:
+def test_a_long_measurement_counts_its_rows_and_its_memory(script, tmp_path: Path) -> None:
     long = script("long")
     few, more = long.one_call(8), long.one_call(16)
     assert (few["rows"], more["rows"]) == (8, 16)
     assert 100 < few["peak_mib"] <= more["peak_mib"]
-    assert long.one_run(QUESTIONS, 2)["questions"] == 2
+    path = tmp_path / "questions.jsonl"
+    save_questions(load_questions(QUESTIONS)[:3], path)
+    # the baseline and five trials under each of two arms, after an explanation
+    assert long.one_run(path, 2)["rows"] == 2 * (1 + 1 + 2 * 5)

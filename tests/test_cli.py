@@ -53,7 +53,7 @@ def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_pa
     assert "stories260k: 2 questions" in out
     assert "segmented: 10 trials; zero plan won" in out
     # an explanation, the baseline and 10 trials under each of two arms, for each question
-    assert "engine: 44 lean rows; 24 slots of " in out
+    assert "engine: 44 lean rows; 64 slots of " in out
     results = load_results(tmp_path / "run")
     by_arm = {arm: c["metrics"]["overlap"]["mean"] for arm, c in results.summary["arms"].items()}
     assert by_arm["segmented"] > by_arm["baseline"] == 0.0
