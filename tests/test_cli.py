@@ -45,15 +45,15 @@ def questions(tmp_path):
 
 def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_path) -> None:
     code, out, _ = command(
-        *("run", "--model", stories_folder, "--questions", questions, "--trials", 10),
+        *("run", "--model", stories_folder, "--questions", questions, "--trials", 20),
         *("--max-new-tokens", 24, "--out", tmp_path / "run"),
         *("--arms", "baseline,full,segmented"),
     )
     assert code == 0
     assert "stories260k: 2 questions" in out
-    assert "segmented: 10 trials; zero plan won" in out
-    # an explanation, the baseline and 10 trials under each of two arms, for each question
-    assert "engine: 44 lean rows; 64 slots of " in out
+    assert "segmented: 20 trials; zero plan won" in out
+    # an explanation, the baseline and 20 trials under each of two arms, for each question
+    assert "engine: 84 lean rows; 64 slots of " in out
     results = load_results(tmp_path / "run")
     by_arm = {arm: c["metrics"]["overlap"]["mean"] for arm, c in results.summary["arms"].items()}
     assert by_arm["segmented"] > by_arm["baseline"] == 0.0
@@ -242,7 +242,7 @@ def test_a_run_is_reported_again_and_compared_with_another(
 
 
 def test_questions_are_chosen_by_topic_sample_and_failure(command, tmp_path) -> None:
-    run = ("run", "--arms", "baseline", "--no-reach", "--explanation-tokens", 0)
+    run = ("run", "--arms", "baseline", "--no-reach", "--explanation-tokens", 0, "--slots", 8)
     code, _, _ = command(
         *run, "--topic", "Biography", "--sample", 3, "--select-failed", "--out", tmp_path / "run"
     )
@@ -268,6 +268,7 @@ def test_simpleqa_is_read_as_it_was_published(command, tmp_path) -> None:
     code, out, _ = command(
         *("run", "--model", model, "--questions", file, "--answer-type", "Date", "--limit", 2),
         *("--arms", "full", "--trials", 2, "--no-reach", "--max-new-tokens", 6),
+        *("--slots", 8),
         *("--explanation-tokens", 0, "--out", tmp_path / "run"),
     )
     assert code == 0, out
