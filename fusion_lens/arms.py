@@ -116,6 +116,12 @@ class Bench:
             return False
         return True
 
+    def told(self, item: Prepared, prefix: str) -> Prepared | None:
+        """The same with `prefix` before its question; None where that leaves no room."""
+        text, template = item.question.question, self.config.template
+        prompt = question_prompt(self.model, text, template, prefix=prefix)
+        return replace(item, prompt=prompt) if self.fits(prompt, prefixed=True) else None
+
     def _cache_length(self, prefixed: bool) -> int:
         own = self.config.generation.cache_length
         assert own is not None
@@ -215,19 +221,14 @@ def _best_of_n(
 
 def _told(bench: Bench, prepared: Sequence[Prepared]) -> list[Chosen]:
     began = time.perf_counter()
-    template = bench.config.template
-    fitting = []
-    for item in prepared:
-        prefix = prefix_of(item)
-        prompt = question_prompt(bench.model, item.question.question, template, prefix=prefix)
-        if bench.fits(prompt, prefixed=True):
-            fitting.append((item, replace(item, prompt=prompt), prefix))
-    rows = [asked.row(bench.config) for _, asked, _ in fitting]
-    graded = bench.score([asked for _, asked, _ in fitting], bench.write(rows, prefixed=True))
+    told = [(item, bench.told(item, prefix_of(item))) for item in prepared]
+    fitting = [(item, asked) for item, asked in told if asked is not None]
+    rows = [asked.row(bench.config) for _, asked in fitting]
+    graded = bench.score([asked for _, asked in fitting], bench.write(rows, prefixed=True))
     seconds = (time.perf_counter() - began) / max(1, len(fitting))
     return [
-        Chosen(item, "answer_in_prompt", each, seconds, prefix=prefix)
-        for (item, _, prefix), each in zip(fitting, graded, strict=True)
+        Chosen(item, "answer_in_prompt", each, seconds, prefix=prefix_of(item))
+        for (item, _), each in zip(fitting, graded, strict=True)
     ]
 
 

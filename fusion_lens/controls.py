@@ -3,7 +3,7 @@
 A steering that works because of *this question's* delta must beat the same procedure with vectors
 that have everything but that: the mean delta of the other questions, the delta of one other
 question, this delta turned at random, and the bare direction of the gold tokens' logits
-(docs/method.md, "controlled").
+(docs/evaluation.md).
 """
 
 from __future__ import annotations

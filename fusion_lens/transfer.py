@@ -106,18 +106,16 @@ def _answers(
     written = bench.write([wordings[n].item.row(bench.config, plan) for _, plan, n in steered])
     for (i, _, n), done in zip(steered, written, strict=True):
         hits[i] = _right(wordings[n], done)
-    template = bench.config.template
     prefixed, rows = [], []
     for i, (each, n) in enumerate(asked):
         if not each.prefix:
             continue
-        item, prefix = wordings[n].item, each.prefix
-        prompt = question_prompt(bench.model, item.question.question, template, prefix=prefix)
-        if bench.fits(prompt, prefixed=True):
-            prefixed.append((i, n))
-            rows.append(replace(item, prompt=prompt).row(bench.config))
-        else:
+        told = bench.told(wordings[n].item, each.prefix)
+        if told is None:
             hits[i] = None
+        else:
+            prefixed.append((i, n))
+            rows.append(told.row(bench.config))
     for (i, n), done in zip(prefixed, bench.write(rows, prefixed=True), strict=True):
         hits[i] = _right(wordings[n], done)
     best = _best_samples(bench, [wordings[n] for _, n in sampled], [plain[n] for _, n in sampled])

@@ -11,6 +11,7 @@ from fusion_lens.decoding import Row
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.generation import GenerationConfig, generate
 from fusion_lens.lenders import Lenders
+from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel
 from fusion_lens.prompts import question_prompt, tokenize
 from fusion_lens.questions import Question
@@ -83,6 +84,10 @@ def test_the_answer_goes_before_the_question(tiny: HookedModel, bench: Bench, ch
     text = generate(tiny, [Row(prompt)], replace(CONFIG.generation, cache_length=None))[0].text
     assert chosen["b", "answer_in_prompt"].graded.completion.text == text
     assert chosen["b", "answer_in_prompt"].plan is None
+    # scored given the prompt that it had
+    graded = chosen["b", "answer_in_prompt"].graded
+    (nll,) = completion_nll(tiny, [(prompt, graded.completion)])
+    assert graded.nll == pytest.approx(nll, abs=1e-5)
     # no empty line where there is no explanation
     assert prefix_of(replace(item, explanation="")) == "Tom Harris\n\n"
 
