@@ -30,6 +30,7 @@ from fusion_lens.plans import full as full
 from fusion_lens.plans import make_plan as make_plan
 from fusion_lens.plans import per_layer as per_layer
 from fusion_lens.plans import thirds as thirds
+from fusion_lens.preparation import TuningConfig as TuningConfig
 from fusion_lens.prompts import Prompt as Prompt
 from fusion_lens.prompts import Template as Template
 from fusion_lens.prompts import question_prompt as question_prompt
@@ -41,5 +42,4 @@ from fusion_lens.questions import select_questions as select_questions
 from fusion_lens.results import Results as Results
 from fusion_lens.results import load_results as load_results
 from fusion_lens.search import SearchConfig as SearchConfig
-from fusion_lens.tuning import TuningConfig as TuningConfig
 from fusion_lens.tuning import tune as tune

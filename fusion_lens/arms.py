@@ -27,18 +27,11 @@ from fusion_lens.graders import Graded
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan, Segment
-from fusion_lens.prompts import Prompt, answer_prefix, question_prompt
+from fusion_lens.preparation import Prepared, Progress, TuningConfig, seed_of
+from fusion_lens.prompts import Prompt, answer_prefix, baseline_prompt, question_prompt
 from fusion_lens.questions import Question
-from fusion_lens.tuning import (
-    Job,
-    Prepared,
-    Progress,
-    Scorer,
-    TunedPlan,
-    TuningConfig,
-    seed_of,
-    tune_jobs,
-)
+from fusion_lens.scoring import Scorer
+from fusion_lens.tuning import Job, TunedPlan, tune_jobs
 
 
 class Tunable(NamedTuple):
@@ -116,6 +109,13 @@ class Bench:
             return False
         return True
 
+    def bare(self, item: Prepared) -> Prepared:
+        """The same with the prompt of the unsteered run."""
+        if self.config.template.baseline is None:
+            return item
+        text = item.question.question
+        return replace(item, prompt=baseline_prompt(self.model, text, self.config.template))
+
     def told(self, item: Prepared, prefix: str) -> Prepared | None:
         """The same with `prefix` before its question; None where that leaves no room."""
         text, template = item.question.question, self.config.template
@@ -143,13 +143,16 @@ def choose(
     """
     chosen: list[Chosen] = []
     if prepared and {"baseline", "best_of_n"}.intersection(arms):
-        greedy, seconds = _timed(prepared, lambda: _greedy(bench, prepared))
+        bare = [bench.bare(item) for item in prepared]
+        greedy, seconds = _timed(prepared, lambda: _greedy(bench, bare))
         if "baseline" in arms:
             chosen += [
                 Chosen(item, "baseline", graded, seconds)
-                for item, graded in zip(prepared, greedy, strict=True)
+                for item, graded in zip(bare, greedy, strict=True)
             ]
         if "best_of_n" in arms:
+            if bench.config.template.baseline is not None:
+                greedy, seconds = _timed(prepared, lambda: _greedy(bench, prepared))
             best, more = _timed(prepared, lambda: _best_of_n(bench, prepared, greedy))
             n_samples = bench.config.search.trials
             chosen += [

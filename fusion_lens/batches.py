@@ -3,12 +3,14 @@
 A plan with a sequence mean needs the whole sequence in every pass; hook points and some modules
 have no cache of ours. Every batch has the same number of rows (idle ones among them) and a padded
 length that depends on the row's own prompt alone, and keeps its shape until all its rows have
-ended: so a row's numbers do not depend on its neighbours here either.
+ended: so a row's numbers do not depend on its neighbours here either. Without a cache every pass
+has a row's whole text, and fewer rows fill it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,16 +21,19 @@ from fusion_lens.executors import Executor
 from fusion_lens.hooks import Cursor, batch_steering
 from fusion_lens.models import HookedModel, KeyValues, decode, stop_tokens
 
+_ROWS_UNCACHED = 16
+
 
 def write_in_batches(
     model: HookedModel, executor: Executor, rows: Sequence[Row], config: GenerationConfig
 ) -> Iterator[tuple[int, Completion]]:
     """Write all rows; gives (place in `rows`, completion) batch by batch.
 
-    `config.slots` must be a number: the rows of a batch.
+    `config.slots` must be a number: the rows of a batch with a cache, and at most those of one
+    without.
     """
-    slots = config.slots
-    assert slots is not None
+    assert config.slots is not None
+    cached_rows = config.slots
     room = int(model.cfg.n_ctx) - config.max_new_tokens
 
     def kind(row: Row) -> tuple[bool, int]:
@@ -37,10 +42,18 @@ def write_in_batches(
         return row.needs_sequence, min(length, room)
 
     kinds = [kind(row) for row in rows]
-    for batch in same_shape(kinds, lambda _: slots):
-        uncached, width = kinds[batch[0]]
-        cache = KeyValues() if config.use_cache and not uncached else None
-        written = _write(model, executor, [rows[i] for i in batch], config, cache, width)
+
+    def is_cached(kind: tuple[bool, int]) -> bool:
+        return config.use_cache and not kind[0]
+
+    def n_rows(kind: tuple[bool, int]) -> int:
+        return cached_rows if is_cached(kind) else min(cached_rows, _ROWS_UNCACHED)
+
+    for batch in same_shape(kinds, n_rows):
+        alike = kinds[batch[0]]
+        own = replace(config, slots=n_rows(alike))
+        cache = KeyValues() if is_cached(alike) else None
+        written = _write(model, executor, [rows[i] for i in batch], own, cache, alike[1])
         yield from zip(batch, written, strict=True)
 
 

@@ -7,7 +7,6 @@ packages are imported inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 import warnings
@@ -18,13 +17,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fusion_lens.cli_options import (
+    ChatOption,
+    DeviceOption,
+    DtypeOption,
+    EightBitOption,
+    ModelOption,
+    SegmentsOption,
+    SlotsOption,
+    StorageOption,
+    given,
+    with_settings,
+)
 from fusion_lens.errors import ConfigError, FusionLensError, OutputError, QuestionError
 
 if TYPE_CHECKING:
     from fusion_lens.judges import Judge
     from fusion_lens.models import HookedModel
+    from fusion_lens.perplexity import PerplexityModel
+    from fusion_lens.preparation import Progress
+    from fusion_lens.protocols import Protocol
     from fusion_lens.questions import Question
-    from fusion_lens.tuning import Progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,133 +46,25 @@ app = typer.Typer(
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
 
+_SIMPLEQA = "basicv8vc/SimpleQA"
+
 # typer has a copy of click of its own or uses the installed one, depending on its version
 _ClickException: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
 )
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Checkpoint folder or hub name; without it Atlas, the bundled model."
-    ),
-]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")]
-SegmentsOption = Annotated[
-    str, typer.Option(help="full, thirds, layers, or a number of even segments.")
-]
-TokensOption = Annotated[int, typer.Option(help="New tokens per completion, at most.")]
-SlotsOption = Annotated[
-    int | None, typer.Option(help="Rows generated at once; by the device's size if not given.")
-]
-CacheOption = Annotated[
-    int | None,
-    typer.Option(help="Positions of a row's cache; by the file's longest question if not given."),
-]
-ExecutorOption = Annotated[
-    str, typer.Option(help="lean, hooks (the reference, slower), or auto: lean where it can be.")
-]
-ChatOption = Annotated[bool, typer.Option(help="Wrap questions in the tokenizer's chat template.")]
-StorageOption = Annotated[
-    str | None, typer.Option(help="Optuna storage URL that gets every finished study.")
-]
-
-
-def _tuning_config(
-    trials: Annotated[
-        int, typer.Option(help="Trials per question and tuned arm, the zero plan included.")
-    ] = 30,
-    round_size: Annotated[
-        int, typer.Option(help="Trials asked at once; the sampler learns between rounds.")
-    ] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of samplers and bootstrap.")] = 0,
-    parametrisation: Annotated[
-        str,
-        typer.Option(help="coeff: one in [0, 1.5] per segment; alpha_gamma: the paper's pair."),
-    ] = "coeff",
-    objectives: Annotated[
-        str,
-        typer.Option(
-            help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart "
-            "(the plan chosen is still the weighted best)."
-        ),
-    ] = "weighted",
-    mean: Annotated[
-        str,
-        typer.Option(
-            help="question: a constant shift; sequence: the authors' hook, without a cache."
-        ),
-    ] = "question",
-    positions: Annotated[str, typer.Option(help="all, prompt or completion.")] = "all",
-    steer_special: Annotated[
-        bool, typer.Option(help="Steer BOS and other special tokens too.")
-    ] = False,
-    max_new_tokens: TokensOption = 48,
-    explanation_tokens: Annotated[
-        int, typer.Option(help="Tokens of the model's own explanation; 0: none.")
-    ] = 48,
-    explanation_marker: Annotated[
-        str | None,
-        typer.Option(help="Text that the model's explanation follows, such as **Explanation:**."),
-    ] = None,
-    slots: SlotsOption = None,
-    cache_length: CacheOption = None,
-    executor: ExecutorOption = "auto",
-    chat: ChatOption = False,
-) -> Any:
-    """The options that `run` and `tune` share, as a `TuningConfig`."""
-    from fusion_lens.generation import GenerationConfig
-    from fusion_lens.prompts import Template
-    from fusion_lens.search import SearchConfig
-    from fusion_lens.tuning import TuningConfig
-
-    return TuningConfig(
-        search=SearchConfig(
-            trials=trials,
-            round_size=round_size,
-            seed=seed,
-            parametrisation=parametrisation,
-            objectives=objectives,
-        ),
-        generation=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            slots=slots,
-            cache_length=cache_length,
-            executor=executor,
-        ),
-        template=Template(chat=chat),
-        mean=mean,
-        positions=positions,
-        steer_special=steer_special,
-        explanation_tokens=explanation_tokens,
-        explanation_marker=explanation_marker,
-    )
-
-
-def _with_tuning(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with the options of `_tuning_config` in the place of its parameter `tuning`."""
-    own = inspect.signature(command, eval_str=True).parameters
-    shared = inspect.signature(_tuning_config, eval_str=True).parameters
-
-    def wrapped(**options: Any) -> int:
-        config = _tuning_config(**{name: options.pop(name) for name in shared})
-        return command(**options, tuning=config)
-
-    kept = [parameter for name, parameter in own.items() if name != "tuning"]
-    wrapped.__signature__ = inspect.Signature([*kept, *shared.values()])  # type: ignore[attr-defined]
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    return wrapped
-
 
 @app.command()
-@_with_tuning
+@with_settings
 def run(
     out: Annotated[
         Path, typer.Option(help="Folder of the run; an earlier run in it is replaced.")
     ] = Path("runs/latest"),
     questions: Annotated[
-        Path | None, typer.Option(help="JSONL or CSV; without it Atlas' own questions.")
+        str | None,
+        typer.Option(
+            help="JSONL or CSV file, or simpleqa (from the hub); without it Atlas' own questions."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="Which split, if the file names splits.")] = "test",
     limit: Annotated[int, typer.Option(help="Questions to run, from the first.")] = 60,
@@ -176,7 +81,10 @@ def run(
     ] = None,
     failed: Annotated[
         bool,
-        typer.Option("--select-failed", help="Only questions the unsteered model gets wrong."),
+        typer.Option(
+            "--select-failed",
+            help="Only questions the unsteered model gets wrong (paper: the judge says so).",
+        ),
     ] = False,
     judge: Annotated[
         str,
@@ -188,32 +96,51 @@ def run(
     judge_cache: Annotated[
         Path | None, typer.Option(help="File that keeps a judge model's replies.")
     ] = None,
-    arms: Annotated[str, typer.Option(help="Comma-separated.")] = (
-        "baseline,best_of_n,answer_in_prompt,full,segmented,generic,mismatched,random,unembed"
-    ),
+    judge_price: Annotated[
+        str | None,
+        typer.Option(help="IN,OUT: what a judge model costs per million tokens, to be told."),
+    ] = None,
+    grade: Annotated[
+        bool | None,
+        typer.Option(
+            "--grade/--no-grade",
+            help="Have the judge model grade from 1 to 5 too. [default: no; paper: yes]",
+        ),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated. [default: baseline,best_of_n,answer_in_prompt,full,segmented,"
+            "generic,mismatched,random,unembed; paper: baseline,full,segmented]"
+        ),
+    ] = None,
     centre: Annotated[
         bool, typer.Option("--centre", help="Subtract the other questions' mean delta.")
     ] = False,
     reach: Annotated[
-        bool,
-        typer.Option(help="Also measure paraphrases, neighbours and unrelated text."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--reach/--no-reach",
+            help="Also measure paraphrases, neighbours and unrelated text. "
+            "[default: yes; paper: no]",
+        ),
+    ] = None,
     unrelated: Annotated[
         Path | None,
         typer.Option(help="Text file for the divergence; without it Atlas' own for Atlas."),
     ] = None,
     model: ModelOption = None,
     segments: SegmentsOption = "thirds",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
+    load_in_8bit: EightBitOption = False,
     storage: StorageOption = None,
     *,
-    tuning: Any,
+    settings: Any,
 ) -> int:
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
     from fusion_lens.atlas import UNRELATED
-    from fusion_lens.experiment import ExperimentConfig
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.plots import run_figures, write_figures
     from fusion_lens.questions import select_questions, stratified
@@ -223,15 +150,16 @@ def run(
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
-    config = ExperimentConfig(
-        arms=tuple(arms.split(",")),
+    config = given(
+        settings.experiment,
+        arms=None if arms is None else tuple(arms.split(",")),
         segments=_segments(segments),
-        tuning=tuning,
         centre=centre,
         reach=reach,
         unrelated=UNRELATED if unrelated is None and model is None else unrelated,
         storage=storage,
     )
+    tuning = config.tuning
     available = _questions(questions, model)
     matching = select_questions(
         available,
@@ -249,7 +177,7 @@ def run(
     if not question_id:
         chosen = chosen[:limit]
     source: dict[str, Any] = {
-        "file": "atlas" if questions is None else questions.name,
+        "file": "atlas" if questions is None else Path(questions).name,
         "split": None if question_id else split,
         "topic": topic,
         "answer_type": answer_type,
@@ -258,19 +186,28 @@ def run(
         "available": len(matching),
     }
     _require_writable(out / "results.jsonl")
-    judging = _judge(judge, judge_cache)
-    opened = _load(model, dtype, device)
+    judging = _judge(judge, judge_cache, settings.grade if grade is None else grade, judge_price)
+    if grade and not judging.grade:
+        raise ConfigError(f"grades need a judge model, but the judge {judging.name} gives none.")
+    fluency = _fluency(settings, device)
+    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
     with _progress() as progress:
         if failed:
             selected = select_failed(
-                opened, chosen, tuning, pool=available, judge=judging, progress=progress
+                opened,
+                chosen,
+                tuning,
+                pool=available,
+                judge=judging,
+                by_judge=settings.failed_by_judge,
+                progress=progress,
             )
             chosen = list(selected.questions)
             source["selected"] = selected.to_dict()
             if not chosen:
                 raise QuestionError(
-                    f"at least one question must be failed, but the model is right on all "
-                    f"{selected.asked}."
+                    f"at least one question must be failed, but of {selected.asked} that were "
+                    f"asked the model is right on {selected.right} and none is selected."
                 )
         results = run_experiment(
             opened,
@@ -280,6 +217,7 @@ def run(
             pool=available,
             donors=[question for question in available if question.split in splits],
             judge=judging,
+            fluency=fluency,
             source=source,
             progress=progress,
         )
@@ -330,7 +268,7 @@ def compare(
 
 
 @app.command()
-@_with_tuning
+@with_settings
 def tune(
     question: Annotated[str, typer.Argument(help="The question, without any template.")],
     answer: Annotated[str, typer.Option(help="The gold answer.")],
@@ -342,11 +280,12 @@ def tune(
     ),
     model: ModelOption = None,
     segments: SegmentsOption = "thirds",
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
+    load_in_8bit: EightBitOption = False,
     storage: StorageOption = None,
     *,
-    tuning: Any,
+    settings: Any,
 ) -> int:
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
@@ -360,10 +299,16 @@ def tune(
     _require_writable(out)
     if storage is not None:
         check_storage(storage, [asked.question])
-    opened = _load(model, dtype, device)
+    fluency = _fluency(settings, device)
+    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
     with _progress() as progress:
         tuned = tune_question(
-            opened, asked, segments=_segments(segments), config=tuning, progress=progress
+            opened,
+            asked,
+            segments=_segments(segments),
+            config=settings.experiment.tuning,
+            fluency=fluency,
+            progress=progress,
         )
     save_plan(tuned.plan, out)
     if storage is not None:
@@ -383,11 +328,14 @@ def generate(
     ] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    max_new_tokens: TokensOption = 48,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="New tokens of the completion, at most.")
+    ] = 48,
     chat: ChatOption = False,
     model: ModelOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     device: DeviceOption = None,
+    load_in_8bit: EightBitOption = False,
 ) -> int:
     """Continue a prompt, steered by a saved plan."""
     from fusion_lens.generation import GenerationConfig, Row
@@ -399,7 +347,7 @@ def generate(
         raise QuestionError(f"a prompt must not be empty, but got {prompt!r}.")
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
     loaded = load_plan(plan) * scale
-    opened = _load(model, dtype, device)
+    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
     if question or chat:
         read = question_prompt(opened, prompt, Template(chat=chat))
     else:
@@ -424,7 +372,7 @@ def questions(
     from fusion_lens.questions import save_questions
 
     _require_writable(out)
-    model = _load(None, "float32", None)
+    model = _load(None, None, None)
 
     def complete(prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
         config = GenerationConfig(max_new_tokens=max_new_tokens, slots=slots)
@@ -461,12 +409,12 @@ def main() -> None:
 def _print_tables(summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from fusion_lens.report import engine_line, lender_lines, sections, tuned_lines
+    from fusion_lens.report import closing_lines, sections
 
     for section in sections(summary, between="\n"):
         Console().print(section.to_table())
         print()
-    for line in (*tuned_lines(summary), *lender_lines(summary), engine_line(summary)):
+    for line in closing_lines(summary):
         print(line)
 
 
@@ -474,34 +422,56 @@ def _segments(text: str) -> str | int:
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
 
 
-def _judge(name: str, cache: Path | None) -> Judge:
+def _fluency(settings: Protocol, device: str | None) -> PerplexityModel | None:
+    if settings.perplexity_model is None:
+        return None
+    from fusion_lens.perplexity import PerplexityModel
+
+    return PerplexityModel(settings.perplexity_model, device=device)
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    match [float(part) for part in re.findall(r"[0-9]+(?:\.[0-9]+)?", text)]:
+        case [paid_in, paid_out] if re.fullmatch(r"[0-9.]+,[0-9.]+", text):
+            return paid_in, paid_out
+    raise ConfigError(f"judge_price must be two numbers as 2.5,10, but got {text!r}.")
+
+
+def _judge(name: str, cache: Path | None, grade: bool, price: str | None) -> Judge:
     from fusion_lens.judges import LexicalJudge
 
     if name == "lexical":
         return LexicalJudge()
     from fusion_lens.llm_judge import LLMJudge
 
-    judge = LLMJudge(name, cache=cache)
+    judge = LLMJudge(name, grade=grade, cache=cache, price=_price(price))
     judge.open()
     return judge
 
 
-def _questions(path: Path | None, model: str | None) -> list[Question]:
+def _questions(source: str | None, model: str | None) -> list[Question]:
     from fusion_lens.atlas import QUESTIONS
+    from fusion_lens.hub import find_table
     from fusion_lens.questions import load_questions
 
-    if path is None and model is not None:
+    if source is None and model is not None:
         raise ConfigError(
             "a model other than Atlas needs questions of its own; give --questions FILE."
         )
-    return load_questions(QUESTIONS if path is None else path)
+    if source == "simpleqa" and not Path(source).exists():
+        return load_questions(find_table(_SIMPLEQA))
+    return load_questions(QUESTIONS if source is None else source)
 
 
-def _load(model: str | None, dtype: str, device: str | None) -> HookedModel:
+def _load(
+    model: str | None, dtype: str | None, device: str | None, *, load_in_8bit: bool = False
+) -> HookedModel:
     from fusion_lens.models import load_model
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    return load_model(model, dtype=dtype, device=device)
+    return load_model(model, dtype=dtype, device=device, load_in_8bit=load_in_8bit)
 
 
 def _require_writable(path: Path) -> None:
@@ -543,18 +513,23 @@ def _tuned_text(tuned: Any) -> str:
     reference = prepared.reference
     left_out = " ".join(reference.str_tokens[t] for t in reference.special) or "none"
     pooled = reference.text[len(prepared.prompt.text) :].strip()
+    before = tuned.unsteered
+
+    def change(shown: Callable[[Any], str]) -> str:
+        return shown(tuned.best) if before is None else f"{shown(before)} -> {shown(tuned.best)}"
+
     lines = [
         ("reference", f"{pooled!r} ({len(reference.pooled)} tokens; special tokens: {left_out})"),
-        ("it said", repr(tuned.unsteered.completion.text.strip())),
+        *([] if before is None else [("it said", repr(before.completion.text.strip()))]),
         ("it says now", repr(tuned.best.completion.text.strip())),
         ("coefficients", ", ".join(f"{name} {c:.3f}" for name, c in best.coeffs.items())),
         (
             "objective",
-            f"{tuned.unsteered.objective:+.3f} -> {tuned.best.objective:+.3f} "
-            f"(trial {best.number} of {len(tuned.tuned.trials)})",
+            change(lambda graded: f"{graded.objective:+.3f}")
+            + f" (trial {best.number} of {len(tuned.tuned.trials)})",
         ),
-        ("right", f"{bool(tuned.unsteered.exact_match)} -> {bool(tuned.best.exact_match)}"),
-        ("perplexity", f"{_shown(tuned.unsteered.perplexity)} -> {_shown(tuned.best.perplexity)}"),
+        ("right", change(lambda graded: str(bool(graded.exact_match)))),
+        ("perplexity", change(lambda graded: _shown(graded.perplexity))),
     ]
     if tuned.tuned.zero_won:
         lines.append(("note", "no trial beat the zero plan: the saved plan does not steer"))

@@ -23,8 +23,10 @@ from fusion_lens.errors import ActivationError, ConfigError, one_of
 from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Segment
+from fusion_lens.preparation import Failure, Progress, TuningConfig, with_engine_shape
 from fusion_lens.prompts import Prompt, tokenize
 from fusion_lens.questions import Question, questions_digest
 from fusion_lens.results import (
@@ -37,18 +39,12 @@ from fusion_lens.results import (
     plan_path,
     save_summary,
 )
+from fusion_lens.scores import composite
+from fusion_lens.scoring import Scorer, judge_item
 from fusion_lens.search import check_storage
 from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
 from fusion_lens.transfer import Reach, measure
-from fusion_lens.tuning import (
-    Failure,
-    Progress,
-    Scorer,
-    TuningConfig,
-    export_tuned,
-    make_segments,
-    with_engine_shape,
-)
+from fusion_lens.tuning import export_tuned, make_segments
 
 _NOT_FINITE = (
     "the model's logits must be finite, but a step of the completion gave NaN or infinity; "
@@ -109,6 +105,7 @@ def run(
     pool: Sequence[Question] | None = None,
     donors: Sequence[Question] | None = None,
     judge: Judge | None = None,
+    fluency: PerplexityModel | None = None,
     source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Results:
@@ -117,14 +114,16 @@ def run(
     `pool` is every question of the file, those included that are not run: slots and cache length
     come from it, so that another selection gives the same numbers. `donors` lend their deltas to
     control arms: all questions of the split. Without them both are `questions`. `judge` labels
-    what every arm chose (None: by spelling and value). `source` tells where the questions are from,
+    what every arm chose (None: by spelling and value). `fluency` measures perplexity (None: the
+    unsteered model itself). `source` tells where the questions are from,
     for the provenance.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
     the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
 
     Raises:
-        ConfigError: if there is no question, or two share an id.
+        ConfigError: if there is no question, two share an id, or the metrics are the published ones
+            and there is no `fluency`.
         PlanError: if the model has fewer layers than segments.
         InputFileError: if the unrelated text cannot be read or is too short.
         OutputError: if `out` cannot be written.
@@ -148,6 +147,7 @@ def run(
     config = replace(config, tuning=shaped)
     unrelated = [] if config.unrelated is None else unrelated_texts(model, config.unrelated)
     log = EngineLog()
+    score = Scorer(model, config.tuning, fluency=fluency, log=log)
     folder = None if out is None else open_run_folder(out)
     began = time.perf_counter()
     kept = _Kept()
@@ -155,7 +155,7 @@ def run(
         try:
             lenders.gather(
                 questions,
-                (donors or questions) if config.lends else (),
+                (donors or questions) if config.lends else questions,
                 block_size=config.block_size,
                 log=log,
                 progress=progress,
@@ -167,7 +167,7 @@ def run(
                     model,
                     config.tuning,
                     lenders,
-                    Scorer(model, config.tuning, log=log),
+                    score,
                     log,
                     prefix_room=room,
                 )
@@ -179,12 +179,13 @@ def run(
         except KeyboardInterrupt:
             kept.interrupted = True
         failed = [lenders.failures[name] for name in ids if name in lenders.failures]
-        donated = [lenders.donors[name].shared for name in ids if name in lenders.donors]
+        lent = lenders.donors if "mismatched" in config.arms else {}
+        donated = [lent[name].shared for name in ids if name in lent]
     n_ready = len(kept.delta_norms)
     seed = config.tuning.search.seed
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "provenance": asdict(_provenance(identity, config, questions)),
+        "provenance": asdict(_provenance(identity, config, questions, fluency)),
         "questions": {"n": len(questions), **(source or {})},
         "arms": summarise_arms(kept.records, config.arms, n_ready, seed),
         "comparisons": [asdict(each) for each in compare_arms(kept.records, config.arms, seed)],
@@ -197,7 +198,7 @@ def run(
             "mismatched": len(donated),
             "sharing_a_word": sum(shared > 0 for shared in donated),
         },
-        "judge": {"name": judge.name, **_costs(judge)},
+        "judge": {"name": judge.name, "grade": judge.grade, **_costs(judge)},
         "unrelated_tokens": sum(map(n_counted, unrelated)) if config.reach else 0,
         "engine": log.to_dict(),
         "interrupted": kept.interrupted,
@@ -239,8 +240,11 @@ def _run_block(
             reached = measure(bench, chosen, unrelated)
         except KeyboardInterrupt:  # what was searched is kept
             kept.interrupted = True
-    verdicts = judge.judge([_judged(each) for each in chosen])
-    records = [_result(bench, *each) for each in zip(chosen, reached, verdicts, strict=True)]
+    verdicts = judge.judge([_judged(bench, each) for each in chosen])
+    records = [
+        _result(bench, *each, graded=judge.grade)
+        for each in zip(chosen, reached, verdicts, strict=True)
+    ]
     _write_block(chosen, records, folder, config.storage)
     kept.records += records
     kept.failures += [
@@ -289,14 +293,23 @@ def _prefix_room(model: HookedModel, pool: Sequence[Question], config: Experimen
     return padded_length(max(lengths))
 
 
-def _judged(chosen: Chosen) -> JudgeItem:
-    question = chosen.prepared.question
-    text = chosen.graded.completion.text
-    return JudgeItem(question.question, question.answer, question.aliases, text)
+def _judged(bench: Bench, chosen: Chosen) -> JudgeItem:
+    item = chosen.prepared
+    written = chosen.graded.completion
+    return judge_item(bench.model, item.question, item.prompt, written, bench.config)
 
 
-def _result(bench: Bench, chosen: Chosen, reach: Reach, verdict: Verdict) -> Result:
-    question, graded = chosen.prepared.question, chosen.graded
+def _composite(bench: Bench, overlap: float | None, grade: float | None) -> float | None:
+    """As published, what is missing counts 0; else the composite is unscored."""
+    if bench.config.metrics == "published":
+        return composite(overlap or 0.0, grade)
+    return None if overlap is None or grade is None else composite(overlap, grade)
+
+
+def _result(
+    bench: Bench, chosen: Chosen, reach: Reach, verdict: Verdict, *, graded: bool
+) -> Result:
+    question, scores = chosen.prepared.question, chosen.graded
     search = None if chosen.tuned is None else chosen.tuned.tuned
     mismatched = chosen.arm in TUNED and TUNED[chosen.arm].vectors == "mismatched"
     return Result(
@@ -308,25 +321,26 @@ def _result(bench: Bench, chosen: Chosen, reach: Reach, verdict: Verdict) -> Res
         question=question.question,
         answer=question.answer,
         explanation=chosen.prepared.explanation,
-        completion=graded.completion.text,
-        extracted=graded.answer,
-        ended=graded.completion.ended,
-        finite=graded.completion.finite,
-        margin=graded.completion.margin,
+        completion=scores.completion.text,
+        extracted=scores.answer,
+        ended=scores.completion.ended,
+        finite=scores.completion.finite,
+        margin=scores.completion.margin,
         coeffs={} if search is None else dict(search.best.coeffs),
         injected_norm=0.0 if search is None else search.best.injected_norm,
-        objective=graded.objective,
-        overlap=graded.overlap,
-        exact_match=graded.exact_match,
-        contained_match=graded.contained_match,
-        token_f1=graded.token_f1,
-        nll=graded.nll,
-        perplexity=graded.perplexity,
-        distinct_2=graded.distinct_2,
-        repetition=graded.repetition,
+        objective=scores.objective,
+        overlap=scores.overlap,
+        exact_match=scores.exact_match,
+        contained_match=scores.contained_match,
+        token_f1=scores.token_f1,
+        nll=scores.nll,
+        perplexity=scores.perplexity,
+        distinct_2=scores.distinct_2,
+        repetition=scores.repetition,
         **asdict(reach),
         label=verdict.label,
         grade=verdict.grade,
+        composite=_composite(bench, scores.overlap, verdict.grade) if graded else None,
         judged=verdict.explanation,
         n_trials=chosen.n_samples if search is None else len(search.trials),
         best_trial=1 if search is None else search.best.number,
@@ -334,7 +348,7 @@ def _result(bench: Bench, chosen: Chosen, reach: Reach, verdict: Verdict) -> Res
         tied=None if search is None else search.tied,
         donor=bench.lenders.donors[question.id].id if mismatched else None,
         n_not_finite=(
-            int(not graded.completion.finite)
+            int(not scores.completion.finite)
             if search is None
             else sum(not trial.outcome.completion.finite for trial in search.trials)
         ),
@@ -348,13 +362,17 @@ def _costs(judge: Judge) -> dict[str, Any]:
 
 
 def _provenance(
-    identity: ModelIdentity, config: ExperimentConfig, questions: Sequence[Question]
+    identity: ModelIdentity,
+    config: ExperimentConfig,
+    questions: Sequence[Question],
+    fluency: PerplexityModel | None,
 ) -> Provenance:
     return Provenance.of(
         identity,
         seed=config.tuning.search.seed,
         questions_sha256=questions_digest(questions),
-        settings=_settings(config),
+        settings=_settings(config)
+        | {"perplexity_model": None if fluency is None else fluency.name},
         threads=torch.get_num_threads(),
     )
 

@@ -1,8 +1,9 @@
 """Everything that is measured on one completion, and the objective made of it.
 
 Fluency is the mean negative log-likelihood per completion token given the prompt, end-of-text
-included where it was generated, under the *unsteered* model; perplexity is its exponential,
-unclipped (docs/method.md).
+included where it was generated, under the *unsteered* model or one that is named; perplexity is its
+exponential, unclipped (docs/method.md). The paper's own scores read prompt and completion as one
+text.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusion_lens.decoding import Completion
+from fusion_lens.published import published_overlap
 from fusion_lens.questions import Question
 from fusion_lens.scores import (
     contained_match,
@@ -46,16 +48,22 @@ class Graded:
 
 
 def grade(
-    question: Question, completion: Completion, nll: float | None, *, weight: float = 0.7
+    question: Question,
+    completion: Completion,
+    nll: float | None,
+    *,
+    weight: float = 0.7,
+    whole: str | None = None,
 ) -> Graded:
-    """Score one completion against its gold answer.
+    """Score one completion against its gold answer; `nll` is as the caller has measured it. With
+    `whole`, prompt and completion as one text, the overlap is the published one on that text.
 
     An unscored overlap counts 0 in the objective alone. Logits that were not finite make the whole
     completion meaningless: overlap and perplexity are unscored, so its objective is the worst.
     """
     golds = (question.answer, question.aliases)
     finite = completion.finite
-    overlap = token_overlap(completion.text, question.answer) if finite else None
+    overlap = _overlap(question.answer, completion.text, whole) if finite else None
     nll = nll if finite else None
     return Graded(
         completion=completion,
@@ -69,3 +77,7 @@ def grade(
         repetition=repetition(completion.text),
         objective=objective(overlap or 0.0, perplexity_of(nll), weight),
     )
+
+
+def _overlap(answer: str, completion: str, whole: str | None) -> float | None:
+    return token_overlap(completion, answer) if whole is None else published_overlap(whole, answer)

@@ -22,12 +22,14 @@ from fusion_lens.values import Date, Found, Number, agrees, find_values, unit_be
 
 @dataclass(frozen=True, slots=True)
 class JudgeItem:
-    """A completion to judge, with its question, gold answer and the aliases of that."""
+    """A completion to judge, with its question, gold answer and the aliases of that. `whole`, where
+    there is one, is prompt and completion as one text, which is what the paper's judges read."""
 
     question: str
     answer: str
     aliases: tuple[str, ...]
     completion: str
+    whole: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,18 @@ class Verdict:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Whoever labels completions: one verdict per item, in their order."""
+    """Whoever labels completions: one verdict per item, in their order. `grade`: whether it gives
+    grades too."""
 
     name: str
+    grade: bool
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]: ...
 
 
 @final
 class LexicalJudge:
-    """Labels by spelling and value alone; gives no grade.
+    """Labels by spelling and value alone; gives no grade, and reads the completion in any case.
 
     CORRECT: the completion commits to gold or an alias, or to something more precise that holds it.
     NOT_ATTEMPTED: it is empty, refuses, or hedges without a guess, also where it names gold.
@@ -69,6 +73,7 @@ class LexicalJudge:
     """
 
     name = "lexical"
+    grade = False
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         return [_verdict(item) for item in items]

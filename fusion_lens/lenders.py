@@ -28,9 +28,9 @@ from fusion_lens.controls import (
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.models import HookedModel
+from fusion_lens.preparation import Failure, Prepared, Progress, TuningConfig, prepare, seed_of
 from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
-from fusion_lens.tuning import Failure, Prepared, Progress, TuningConfig, prepare, seed_of
 
 
 @dataclass(slots=True)
@@ -43,8 +43,9 @@ class Lenders:
     prepared: dict[str, Prepared] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     generic: GenericDelta = field(default_factory=GenericDelta)
-    donors: dict[str, Donor] = field(default_factory=dict)
     centre: bool = False
+    _able: list[Question] = field(default_factory=list)
+    _donors: dict[str, Donor] | None = None
     _folder: tempfile.TemporaryDirectory[str] = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="fusion_lens-")
     )
@@ -85,8 +86,14 @@ class Lenders:
                     self.generic.add(name, deltas)
             if progress is not None:
                 progress("preparing", min(start + block_size, len(ordered)), len(ordered))
-        able = [q for q in ordered if q.id in lending and q.id in self.prepared]
-        self.donors = mismatched_donors(able, self.config.search.seed)
+        self._able = [q for q in ordered if q.id in lending and q.id in self.prepared]
+
+    @property
+    def donors(self) -> dict[str, Donor]:
+        """See `controls.mismatched_donors`; found when first asked for."""
+        if self._donors is None:
+            self._donors = mismatched_donors(self._able, self.config.search.seed)
+        return self._donors
 
     def lend(self, kind: str, to: Prepared) -> Deltas | None:
         """The vectors of one kind for a question; None where nobody can lend them.

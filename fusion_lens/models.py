@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -21,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.atlas import CHECKPOINT
-from fusion_lens.errors import HookNameError, ModelError
+from fusion_lens.errors import HookNameError, MissingExtraError, ModelError
+from fusion_lens.hub import find_checkpoint, opening
 
 _HASHED_ELEMENTS = 200_000
 
@@ -87,46 +89,78 @@ def load_model(
     *,
     revision: str | None = None,
     device: str | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
+    load_in_8bit: bool = False,
 ) -> HookedModel:
     """Open a model as a `TransformerBridge` with unprocessed weights.
 
     None is Atlas, the model that ships with the package; else a local checkpoint folder or a hub
-    name.
+    name. With `load_in_8bit` the matrices inside the blocks are bitsandbytes' LLM.int8 (also on a
+    CPU), and `dtype` is that of everything else. Without a `dtype`: float32, or float16 in 8-bit,
+    which is what LLM.int8 multiplies in.
 
     Raises:
         ModelError: if it cannot be found or opened, or `dtype` is no floating torch dtype.
+        MissingExtraError: if `load_in_8bit` is set and bitsandbytes is not installed.
     """
-    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ModelError(
-            f"dtype must be a floating torch dtype such as float32, but got {dtype!r}."
-        )
-    source = _resolve(str(CHECKPOINT if name_or_path is None else name_or_path), revision)
+    torch_dtype = _floating(dtype or ("float16" if load_in_8bit else "float32"))
+    given = str(CHECKPOINT if name_or_path is None else name_or_path)
+    source = find_checkpoint(given, revision)
+    if load_in_8bit and find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "bitsandbytes")
 
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    try:
-        with _no_bars(local=Path(source).is_dir()):
-            model = TransformerBridge.boot_transformers(
-                source,
-                tokenizer=AutoTokenizer.from_pretrained(source, revision=revision),
-                device=device,
-                dtype=torch_dtype,
-                revision=revision,
-                trust_remote_code=False,
-            )
-    except Exception as error:  # transformers and safetensors raise what they like on a bad folder
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"{name_or_path} must be a usable checkpoint folder or hub name, but: {reason[0]}"
-        ) from error
+    with opening(str(name_or_path), local=Path(source).is_dir()):
+        options: dict[str, Any] = {"device": device, "dtype": torch_dtype}
+        if load_in_8bit:
+            options = {
+                "hf_model": AutoModelForCausalLM.from_pretrained(
+                    source,
+                    revision=revision,
+                    dtype=torch_dtype,
+                    quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+                    device_map=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                    trust_remote_code=False,
+                )
+            }
+        model = TransformerBridge.boot_transformers(
+            source,
+            tokenizer=AutoTokenizer.from_pretrained(source, revision=revision),
+            revision=revision,
+            trust_remote_code=False,
+            **options,
+        )
     model.train(False)
     folder = Path(source)
     named = folder.resolve().name if folder.is_dir() else source
     model.cfg.model_name = "atlas" if name_or_path is None else named
     return model  # type: ignore[no-any-return]
+
+
+def load_text_model(
+    name_or_path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "float32",
+) -> tuple[Any, Any]:
+    """A causal language model of transformers without hook points, and its tokenizer.
+
+    Raises:
+        ModelError: if it cannot be found or opened, or `dtype` is no floating torch dtype.
+    """
+    torch_dtype = _floating(dtype)
+    source = find_checkpoint(str(name_or_path))
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with opening(str(name_or_path), local=Path(source).is_dir()):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, trust_remote_code=False
+        )
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def resid_post(layer: int) -> str:
@@ -164,7 +198,7 @@ def identify(model: HookedModel) -> ModelIdentity:
         processing=_processing(model),
         n_layers=int(model.cfg.n_layers),
         d_model=int(model.cfg.d_model),
-        dtype=str(next(iter(model.parameters())).dtype).removeprefix("torch."),
+        dtype=_dtype_of(model),
         weights=weights,
         embedding=embedding,
     )
@@ -238,47 +272,19 @@ def forward(
     return logits[:, -last:]
 
 
-def _resolve(source: str, revision: str | None) -> str:
-    """A folder as it is; a hub name as it is, or its cached folder where the hub is out of
-    reach."""
-    if Path(source).exists():
-        if not (Path(source) / "config.json").is_file():
-            raise ModelError(f"{source} must be a checkpoint folder, but it has no config.json.")
-        return source
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"{source} must be an existing checkpoint folder, but there is none.")
-
-    import huggingface_hub
-
-    try:
-        # one attempt: transformers itself would retry for most of a minute
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-        return source
-    except Exception as unreachable:
-        try:
-            return huggingface_hub.snapshot_download(
-                source, revision=revision, local_files_only=True
-            )
-        except Exception:
-            raise ModelError(
-                f"{source} must be a checkpoint folder or a model of a reachable hub or its cache; "
-                f"there is none, and the hub gave {type(unreachable).__name__}."
-            ) from unreachable
+def _floating(dtype: str | torch.dtype) -> torch.dtype:
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ModelError(
+            f"dtype must be a floating torch dtype such as float32, but got {dtype!r}."
+        )
+    return named
 
 
-@contextmanager
-def _no_bars(*, local: bool) -> Iterator[None]:
-    """Without transformers' loading bars, for folders that open in a blink."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if local:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _dtype_of(model: HookedModel) -> str:
+    """As "float32", or "int8+float16" where some matrices are quantised."""
+    names = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    return "+".join(sorted(names, key=lambda name: (not name.startswith(("int", "uint")), name)))
 
 
 def _bridge_forward(

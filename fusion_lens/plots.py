@@ -170,8 +170,7 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
                 jitter=0.5,
                 pointpos=0,
                 marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4, "opacity": 0.6},
-                name=f"{arm}<br>zero plan won {content['zero_won']:.0%}, "
-                f"tied {content['tied']:.0%}",
+                name=f"{arm}<br>" + _won_and_tied(content),
                 legendgroup=arm,
                 showlegend=segment == next(iter(own[0].coeffs)),
             )
@@ -183,6 +182,12 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
     figure.update_yaxes(autorange="reversed")
     columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
     return Figure("coeffs", figure, columns, tuple(rows))
+
+
+def _won_and_tied(content: Mapping[str, Any]) -> str:
+    tied = f"tied {content['tied']:.0%}"
+    won = content["zero_won"]
+    return tied if won is None else f"zero plan won {won:.0%}, {tied}"
 
 
 def write_figures(

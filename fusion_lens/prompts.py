@@ -6,7 +6,7 @@ tokens are found by id and shown (`Prompt.special`), never guessed from a positi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,22 +64,32 @@ class Template:
 
     `prepend_bos=None` does what TransformerLens does for the model (`cfg.default_prepend_bos`).
     With `chat`, the tokenizer's chat template wraps the bare question and the answer follows its
-    generation prompt.
+    generation prompt. `baseline` is what the unsteered run is asked (None: the same as the steered
+    ones).
+
+    `strict_span` finds the reference's span as the paper's authors do: from the first place where
+    gold stands, be it in the question, over as many characters as gold and explanation have; the
+    line break between the two costs the last one.
     """
 
     question: str = "Question: {question}\nAnswer and explanation:"
     reference: str = "\n{answer}\n{explanation}"
     explain: str = "Question: {question}\nAnswer: {answer}\nExplanation:"
+    baseline: str | None = None
     prepend_bos: bool | None = None
     chat: bool = False
+    strict_span: bool = False
 
     def __post_init__(self) -> None:
         for name, fields in (
             ("question", ("question",)),
             ("reference", ("answer", "explanation")),
             ("explain", ("question", "answer")),
+            ("baseline", ("question",)),
         ):
             text = getattr(self, name)
+            if text is None:
+                continue
             missing = [field for field in fields if "{" + field + "}" not in text]
             if missing:
                 raise ConfigError(
@@ -145,6 +155,14 @@ def question_prompt(
     return tokenize(model, text, prepend_bos=template.prepend_bos)
 
 
+def baseline_prompt(model: HookedModel, question: str, template: Template | None = None) -> Prompt:
+    """What the unsteered run is asked: the steered prompt, unless the template has another."""
+    template = template or Template()
+    if template.baseline is not None:
+        template = replace(template, question=template.baseline)
+    return question_prompt(model, question, template)
+
+
 def answer_prefix(answer: str, explanation: str) -> str:
     """What `answer_in_prompt` puts before a question: gold and explanation."""
     return "\n".join(part for part in (answer, explanation) if part) + "\n\n"
@@ -187,7 +205,11 @@ def reference_prompt(
             f"the answer must be found in the reference's tokens, but {answer!r} is white space."
         )
     tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, start + len(answer)))
-    return tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, len(text)))
+    stop = len(text)
+    if template.strict_span:
+        start = text.index(answer)
+        stop = start + len(answer) + len(explanation)
+    return tokenize(model, text, prepend_bos=template.prepend_bos, chars=(start, stop))
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

@@ -23,6 +23,11 @@ _REACH = {
     "neighbours_kept": ("neighbours kept", "{:.1%}"),
     "kl_unrelated": ("KL, nats/token", "{:.3f}"),
 }
+_GRADED = {
+    "grade": ("grade", "{:.2f}"),
+    "composite": ("composite", "{:.2f}"),
+    "accurate": ("accurate", "{:.1%}"),
+}
 _DIFFERENCES = {
     "objective": ("objective", "{:+.2f}"),
     "overlap": ("overlap", "{:+.2f}"),
@@ -31,6 +36,7 @@ _DIFFERENCES = {
 }
 _FURTHER = {
     "correct": ("judged correct", "{:+.1%}"),
+    "accurate": ("accurate", "{:+.1%}"),
     "token_f1": ("token F1", "{:+.3f}"),
     "nll": ("nats/token", "{:+.3f}"),
     "neighbours_kept": ("neighbours kept", "{:+.1%}"),
@@ -87,6 +93,9 @@ def sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:
         made.append(Section(title, *_by_arm(summary["arms"], _REACH, between)))
     if any(arm["labels"]["n"] for arm in summary["arms"].values()):
         made.append(_labels(summary))
+    if summary["judge"]["grade"]:
+        title = "half overlap, half the judge's grade of 1 to 5; accurate from 0.6 on"
+        made.append(Section(title, *_by_arm(summary["arms"], _GRADED, between)))
     if summary["comparisons"]:
         made.append(_differences(summary, _DIFFERENCES, between))
     return made
@@ -103,9 +112,15 @@ def markdown_report(summary: Mapping[str, Any]) -> str:
             content = {arm: {"n": _n(metrics), "metrics": metrics} for arm, metrics in arms.items()}
             shown.append(Section(f"{name}: {group}", *_by_arm(content, columns, " ")))
     parts = [f"**{section.title}**\n\n{section.to_markdown()}" for section in shown]
-    lines = [*tuned_lines(summary), *lender_lines(summary), engine_line(summary)]
+    lines = list(closing_lines(summary))
     lines += [f"failed: {line}" for line in failure_lines(summary)]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)]) + "\n"
+
+
+def closing_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What is told below the tables."""
+    told = (*tuned_lines(summary), *lender_lines(summary), *judge_lines(summary))
+    return [*told, engine_line(summary)]
 
 
 def lender_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -145,11 +160,13 @@ def tuned_lines(summary: Mapping[str, Any]) -> list[str]:
         if "coeffs_median" not in arm:
             continue
         trials = " to ".join(map(str, sorted(set(arm["n_trials"]))))
-        line = f"{name}: {trials} trials; zero plan won {arm['zero_won']:.0%}, trials tied "
-        line += f"{arm['tied']:.0%}"
+        zero = arm["zero_won"]
+        won = "no zero plan" if zero is None else f"zero plan won {zero:.0%}"
+        line = f"{name}: {trials} trials; {won}, trials tied {arm['tied']:.0%}"
         if arm["steered"]:
             medians = (f"{segment} {c:.2f}" for segment, c in arm["coeffs_median"].items())
-            line += f"; median coefficient of the other {arm['steered']}: {', '.join(medians)}"
+            others = "" if zero is None else f" of the other {arm['steered']}"
+            line += f"; median coefficient{others}: {', '.join(medians)}"
         lines.append(line)
     return lines
 
@@ -177,8 +194,17 @@ def caption(summary: Mapping[str, Any]) -> str:
     failed = f", {len(summary['failures'])} failed" if summary["failures"] else ""
     return (
         f"{summary['provenance']['model']}: {n}{of} questions ({unit}){failed}{ended}; "
-        "mean [95 % cluster bootstrap]"
+        f"mean [95 % cluster bootstrap]{_seen(summary)}"
     )
+
+
+def _seen(summary: Mapping[str, Any]) -> str:
+    """What the metrics were taken on, where it is not the completion under the model itself."""
+    settings = summary["provenance"]["settings"]
+    model = settings["perplexity_model"]
+    if settings["tuning"]["metrics"] == "published":
+        return f"; overlap and perplexity ({model}) as published, of prompt + completion"
+    return f"; perplexity by {model}" if model else ""
 
 
 def failure_lines(summary: Mapping[str, Any]) -> Sequence[str]:
@@ -223,10 +249,26 @@ def _labels(summary: Mapping[str, Any]) -> Section:
     return Section(f"labelled by the judge {summary['judge']['name']}", header, rows)
 
 
+def judge_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the judge has cost, and how often it failed and why; nothing of one that costs
+    nothing."""
+    judge = summary["judge"]
+    if "requests" not in judge:
+        return []
+    line = f"judge {judge['name']}: {judge['requests']:,} requests, {judge['cached']:,} replies "
+    line += f"from the cache, {judge['tokens_in']:,} tokens in and {judge['tokens_out']:,} out"
+    if judge["cost"] is not None:
+        line += f", cost {judge['cost']:.2f}"
+    reasons = ", ".join(f"{n} {reason}" for reason, n in judge["failures"].items())
+    return [line + f"; unscored: {reasons or 'none'}"]
+
+
 def _differences(
     summary: Mapping[str, Any], columns: Mapping[str, tuple[str, str]], between: str
 ) -> Section:
     found = {(each["b"], each["metric"]): each for each in summary["comparisons"]}
+    scored = {metric for (_, metric), each in found.items() if each["diff"] is not None}
+    columns = {metric: shown for metric, shown in columns.items() if metric in scored}
     first = summary["comparisons"][0]
     rows = tuple(
         (

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
 from fusion_lens.models import ModelIdentity
+from fusion_lens.scores import ACCURATE
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # malformed, a number of thousands of digits, brackets nested too deeply
 _NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
@@ -38,8 +39,8 @@ class Result:
     `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
     its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
     in `search.Tuned`; the transfer fields as in `transfer.Reach`; `label` and `grade` are the
-    judge's, `judged` what it says of them; `donor` is the question whose deltas a mismatched arm
-    used. None is unscored.
+    judge's, `judged` what it says of them, `composite` half overlap and half grade; `donor` is the
+    question whose deltas a mismatched arm used. None is unscored.
     """
 
     question_id: str
@@ -73,6 +74,7 @@ class Result:
     kl_unrelated: float | None
     label: str | None
     grade: float | None
+    composite: float | None
     judged: str
     n_trials: int
     best_trial: int
@@ -86,6 +88,11 @@ class Result:
     def correct(self) -> float | None:
         """1 where the judge says CORRECT, 0 where it says anything else."""
         return None if self.label is None else float(self.label == "CORRECT")
+
+    @property
+    def accurate(self) -> float | None:
+        """1 where the composite reaches what Fusion Steering calls accurate."""
+        return None if self.composite is None else float(self.composite >= ACCURATE)
 
 
 @dataclass(frozen=True, slots=True)

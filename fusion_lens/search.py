@@ -2,8 +2,9 @@
 
 Trials are asked in rounds: `Search.ask` gives the coefficients of one round, `Search.tell` takes
 their outcomes in the order asked, and many searches can share one batch of generation between the
-two. The zero plan is always trial 1 of the n. Objectives arrive rounded (`scores.objective`),
-because ties are the rule and 1e-7 of noise on a tie changes what TPE proposes next.
+two. The zero plan is trial 1 of the n unless told otherwise. Objectives arrive rounded
+(`scores.objective`), because ties are the rule and 1e-7 of noise on a tie changes what TPE proposes
+next.
 
 The objective is `w*overlap - (1-w)*min(PPL/100, 1)`, or its two terms kept apart.
 """
@@ -33,8 +34,8 @@ class SearchConfig:
 
     `parametrisation="coeff"` draws one coefficient per segment from [low, high]; "alpha_gamma"
     draws the paper's pair per segment from [0.01, 1] and uses the product. `objectives="pareto"`
-    keeps overlap and clipped perplexity apart. `sampler` makes any Optuna sampler from a seed; the
-    default is TPE.
+    keeps overlap and clipped perplexity apart. `zero_first` makes the zero plan the first trial.
+    `sampler` makes any Optuna sampler from a seed; None is TPE with the parameters taken jointly.
     """
 
     trials: int = 30
@@ -45,6 +46,7 @@ class SearchConfig:
     parametrisation: str = "coeff"
     objectives: str = "weighted"
     weight: float = 0.7
+    zero_first: bool = True
     sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ T = TypeVar("T", bound=Outcome)
 
 @dataclass(frozen=True, slots=True)
 class Trial(Generic[T]):
-    """One finished trial; `number` counts from 1, the zero plan."""
+    """One finished trial; `number` counts from 1."""
 
     number: int
     coeffs: Coeffs
@@ -104,9 +106,15 @@ class Tuned(Generic[T]):
     interrupted: bool = False
 
     @property
-    def zero_won(self) -> bool:
-        """Whether nothing beat the unsteered model."""
-        return self.best.number == 1
+    def unsteered(self) -> Trial[T] | None:
+        """The zero plan's trial; None where the search did not begin with it."""
+        first = self.trials[0]
+        return None if any(first.coeffs.values()) else first
+
+    @property
+    def zero_won(self) -> bool | None:
+        """Whether nothing beat the unsteered model; None where it was no trial."""
+        return None if self.unsteered is None else self.best is self.unsteered
 
     @property
     def tied(self) -> bool:
@@ -164,7 +172,7 @@ class Search(Generic[T]):
             raise SearchError("a round must be told before the next is asked; call tell first.")
         left = 0 if self.done else self._config.trials - len(self._trials)
         for _ in range(min(self._config.round_size, left)):
-            first = not self._trials and not self._asked
+            first = self._config.zero_first and not self._trials and not self._asked
             self._asked.append(self._zero() if first else self._draw())
         return [coeffs for _, coeffs in self._asked]
 
@@ -303,6 +311,11 @@ def check_storage(storage: str, names: Sequence[str]) -> None:
 
 def _values(outcome: Outcome, study: optuna.Study) -> list[float]:
     return [outcome.objective] if len(study.directions) == 1 else list(_pair(outcome))
+
+
+def default_tpe(seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler as it comes: TPE, every parameter by itself, 10 random trials first."""
+    return optuna.samplers.TPESampler(seed=seed)
 
 
 def _tpe(seed: int) -> optuna.samplers.BaseSampler:

@@ -11,12 +11,13 @@ from fusion_lens.decoding import Row
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError, ContextLengthError
 from fusion_lens.generation import check_context, generate
-from fusion_lens.judges import Judge, JudgeItem
+from fusion_lens.judges import Judge
 from fusion_lens.models import HookedModel
-from fusion_lens.prompts import question_prompt
+from fusion_lens.preparation import Progress, TuningConfig, row_seed, with_engine_shape
+from fusion_lens.prompts import baseline_prompt
 from fusion_lens.questions import Question
 from fusion_lens.scores import exact_match, label_figures
-from fusion_lens.tuning import Progress, TuningConfig, row_seed, with_engine_shape
+from fusion_lens.scoring import judge_item
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def select_failed(
     settings = shaped.generation
     asked, rows = [], []
     for question in questions:
-        prompt = question_prompt(model, question.question, shaped.template)
+        prompt = baseline_prompt(model, question.question, shaped.template)
         try:
             check_context(model, prompt, settings.max_new_tokens, settings.cache_length)
         except ContextLengthError:
@@ -70,7 +71,6 @@ def select_failed(
         rows.append(Row(prompt, None, row_seed(shaped, question)))
     shown = None if progress is None else lambda done: progress("selecting", done, len(rows))
     written = generate(model, rows, settings, progress=shown, log=log)
-    texts = [completion.text for completion in written]
     right = [
         done.finite and exact_match(done.text, question.answer, question.aliases)
         for question, done in zip(asked, written, strict=True)
@@ -78,8 +78,8 @@ def select_failed(
     labels: list[str | None] = [None] * len(asked)
     if judge is not None:
         items = [
-            JudgeItem(question.question, question.answer, question.aliases, text)
-            for question, text in zip(asked, texts, strict=True)
+            judge_item(model, question, row.prompt, done, config)
+            for question, row, done in zip(asked, rows, written, strict=True)
         ]
         labels = [verdict.label for verdict in judge.judge(items)]
     kept = tuple(

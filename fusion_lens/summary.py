@@ -22,7 +22,10 @@ METRICS = (
     "exact_match",
     "contained_match",
     "correct",
+    "accurate",
     "overlap",
+    "composite",
+    "grade",
     "token_f1",
     "objective",
     "nll",
@@ -38,6 +41,7 @@ COMPARED = (
     "overlap",
     "exact_match",
     "correct",
+    "accurate",
     "token_f1",
     "nll",
     "transfer_exact_match",
@@ -45,7 +49,7 @@ COMPARED = (
     "kl_unrelated",
 )
 AGAINST = ("generic", "mismatched", "random", "best_of_n", "full", "unembed")
-_BINARY = ("exact_match", "contained_match", "correct")
+_BINARY = ("exact_match", "contained_match", "correct", "accurate")
 _SHARES = (*_BINARY, "transfer_exact_match", "neighbours_kept")
 _GROUPS = ("topic", "answer_type")
 _OF_GROUPS = ("exact_match", "overlap", "objective")
@@ -197,7 +201,7 @@ def _searches(records: Sequence[Result]) -> Mapping[str, Any]:
             for name in tuned[0].coeffs
             if steered
         },
-        "zero_won": 1 - len(steered) / len(tuned),
+        "zero_won": None if tuned[0].zero_won is None else 1 - len(steered) / len(tuned),
         "tied": sum(bool(record.tied) for record in tuned) / len(tuned),
         "not_finite": sum(record.n_not_finite for record in tuned),
     }

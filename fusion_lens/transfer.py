@@ -15,10 +15,10 @@ from fusion_lens.arms import Bench, Chosen, samples_of
 from fusion_lens.decoding import Completion
 from fusion_lens.divergence import kl_unrelated
 from fusion_lens.plans import Plan
+from fusion_lens.preparation import Prepared
 from fusion_lens.prompts import Prompt, question_prompt, tokenize
 from fusion_lens.questions import Question
 from fusion_lens.scores import exact_match
-from fusion_lens.tuning import Prepared
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -62,6 +70,45 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     _tiny_tokenizer().save_pretrained(folder)
     _tiny_llama(seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random GPT-2, which has positions for every token, on disk."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    _tiny_tokenizer().save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = GPT2Config(
+            vocab_size=320, n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+        )
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Gemma-2, with its soft caps and sliding windows, on disk."""
+    folder = tmp_path_factory.mktemp("gemma")
+    _tiny_tokenizer().save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        config = Gemma2Config(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        Gemma2ForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -41,6 +41,7 @@ LOVELACE = Result(
     kl_unrelated=0.0,
     label="INCORRECT",
     grade=None,
+    composite=None,
     judged="another answer",
     n_trials=1,
     best_trial=1,
@@ -68,6 +69,9 @@ def interval(mean: float | None, low: float | None, high: float | None, unscored
 def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
     shown = {
         "exact_match": interval(0.25, 0.0, 0.5),
+        "grade": interval(2.5, 2.0, 3.0),
+        "composite": interval(0.5, 0.25, 0.75),
+        "accurate": interval(0.125, 0.0, 0.25),
         "overlap": interval(0.5, 0.25, 0.75),
         "objective": interval(0.3125, -0.0625, 0.5),
         "nll": interval(1.0, 0.5, 2.0),
@@ -82,10 +86,16 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 3,
+        "schema_version": 4,
         "provenance": {
             "model": "tiny",
-            "settings": {"tuning": {"generation": {"slots": 64, "cache_length": 96}}},
+            "settings": {
+                "tuning": {
+                    "generation": {"slots": 64, "cache_length": 96},
+                    "metrics": "completion",
+                },
+                "perplexity_model": None,
+            },
         },
         "questions": {"n": 12, "available": 12},
         "arms": arms,
@@ -96,7 +106,7 @@ def summary(**arms: dict[str, Any]) -> dict[str, Any]:
         "groups": {},
         "generic_share": {"lovelace": [0.5, 0.75], "harris": [0.25, 0.25]},
         "donors": {"n": 12, "mismatched": 11, "sharing_a_word": 2},
-        "judge": {"name": "lexical"},
+        "judge": {"name": "lexical", "grade": False},
         "unrelated_tokens": 2000,
         "delta_norms": {"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]},
         "seconds": 1.5,

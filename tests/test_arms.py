@@ -13,10 +13,12 @@ from fusion_lens.generation import GenerationConfig, generate
 from fusion_lens.lenders import Lenders
 from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel
+from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt, tokenize
 from fusion_lens.questions import Question
+from fusion_lens.scoring import Scorer
 from fusion_lens.search import SearchConfig
-from fusion_lens.tuning import Scorer, TuningConfig, make_segments
+from fusion_lens.tuning import make_segments
 
 CONFIG = TuningConfig(
     search=SearchConfig(trials=4, round_size=2, high=6.0),

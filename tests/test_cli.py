@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
@@ -11,10 +10,8 @@ import pytest
 
 from fusion_lens import arms, cli
 from fusion_lens.arms import ARMS
-from fusion_lens.experiment import ExperimentConfig
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
-from fusion_lens.tuning import TuningConfig
 
 LINES = [
     {"id": "a", "question": "What did Lily see in the park?", "answer": "a big red ball"},
@@ -304,39 +301,6 @@ def test_an_interrupted_run_says_so_and_exits_with_130(
     assert code == 130
     assert "interrupted" in out
     assert load_results(tmp_path / "run").summary["interrupted"]
-
-
-def test_the_defaults_of_the_command_line_are_those_of_the_configs() -> None:
-    defaults, tuning = ExperimentConfig(), TuningConfig()
-    expected = {
-        "arms": ",".join(defaults.arms),
-        "centre": defaults.centre,
-        "reach": defaults.reach,
-        "unrelated": defaults.unrelated,
-        "segments": defaults.segments,
-        "trials": tuning.search.trials,
-        "round_size": tuning.search.round_size,
-        "seed": tuning.search.seed,
-        "parametrisation": tuning.search.parametrisation,
-        "objectives": tuning.search.objectives,
-        "mean": tuning.mean,
-        "positions": tuning.positions,
-        "steer_special": tuning.steer_special,
-        "max_new_tokens": tuning.generation.max_new_tokens,
-        "slots": tuning.generation.slots,
-        "cache_length": tuning.generation.cache_length,
-        "executor": tuning.generation.executor,
-        "explanation_tokens": tuning.explanation_tokens,
-        "explanation_marker": tuning.explanation_marker,
-        "chat": tuning.template.chat,
-    }
-    for command in (cli.run, cli.tune, cli.generate):
-        parameters = inspect.signature(command).parameters
-        shared = expected.keys() & parameters.keys()
-        assert {name: parameters[name].default for name in shared} == {
-            name: expected[name] for name in shared
-        }
-    assert expected.keys() <= inspect.signature(cli.run).parameters.keys()
 
 
 def test_help_names_the_commands_without_loading_transformer_lens() -> None:

@@ -16,11 +16,11 @@ from fusion_lens.errors import ConfigError, OutputError, PlanError, SearchError
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.plan_files import load_plan
+from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt
 from fusion_lens.questions import Question, load_questions, select_questions
 from fusion_lens.results import load_results, plan_path
 from fusion_lens.search import SearchConfig
-from fusion_lens.tuning import TuningConfig
 
 QUICK = TuningConfig(
     search=SearchConfig(trials=6, round_size=3, high=6.0),

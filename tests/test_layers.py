@@ -14,24 +14,29 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators"},
-    {"values", "question_layouts"},
+    {"values", "question_layouts", "published", "hub", "judge_cache"},
     {"scores"},
     {"claims"},
     {"golds"},
     {"questions", "models", "llama", "judges"},
-    {"prompts", "lean", "engine_log", "llm_judge"},
+    {"prompts", "lean", "engine_log", "judge_prompts"},
+    {"llm_judge"},
     {"executors"},
     {"activations"},
     {"deltas"},
-    {"plans", "controls"},
+    {"plans", "controls", "perplexity"},
     {"plan_files", "hooks", "decoding"},
     {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood"},
-    {"tuning", "results", "statistics"},
+    {"preparation", "results", "statistics"},
+    {"scoring"},
+    {"tuning"},
     {"lenders", "summary"},
     {"arms"},
     {"transfer", "selection"},
     {"experiment", "plots", "report"},
+    {"protocols"},
+    {"cli_options"},
     {"cli"},
 )
 LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
@@ -49,8 +54,10 @@ DOORS = {
     "pandas": {"results"},
     "plotly": {"plots"},
     "rich": {"report", "cli"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_options"},
     "inspect_ai": {"llm_judge"},
+    "nltk": {"published"},
+    "huggingface_hub": {"hub"},
 }
 
 

@@ -12,9 +12,9 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.generation import GenerationConfig
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
+from fusion_lens.preparation import TuningConfig, prepare, seed_of
 from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
-from fusion_lens.tuning import TuningConfig, prepare, seed_of
 
 CONFIG = TuningConfig(
     generation=GenerationConfig(max_new_tokens=8, slots=8, cache_length=64), explanation_tokens=4

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import prompts_of
 
+from fusion_lens import models
 from fusion_lens.activations import left_padded
-from fusion_lens.errors import HookNameError, ModelError
+from fusion_lens.errors import HookNameError, MissingExtraError, ModelError
 from fusion_lens.models import (
     KeyValues,
     check_hook_names,
@@ -153,6 +154,12 @@ def test_a_corrupted_checkpoint_is_one_error(tiny_folder, tmp_path) -> None:
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ModelError, match="must be a usable checkpoint folder or hub name, but: "):
         load_model(tmp_path)
+
+
+def test_8_bit_without_bitsandbytes_names_the_extra(tiny_folder, monkeypatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"fusion-lens\[bitsandbytes\]"):
+        load_model(tiny_folder, load_in_8bit=True)
 
 
 def test_a_hub_name_that_is_nowhere_is_one_error() -> None:

@@ -19,10 +19,11 @@ from fusion_lens.graders import grade
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import full, thirds
+from fusion_lens.preparation import TuningConfig, with_engine_shape
 from fusion_lens.questions import load_questions, select_questions
 from fusion_lens.scores import words
+from fusion_lens.scoring import Scorer
 from fusion_lens.search import SearchConfig
-from fusion_lens.tuning import Scorer, TuningConfig, with_engine_shape
 
 
 def shaped(model: HookedModel, questions, **search: object) -> TuningConfig:

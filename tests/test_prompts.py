@@ -10,6 +10,7 @@ from fusion_lens.models import load_model
 from fusion_lens.prompts import (
     Layout,
     Template,
+    baseline_prompt,
     explanation_prompt,
     question_prompt,
     reference_prompt,
@@ -134,6 +135,8 @@ def test_an_answer_the_tokenizer_cannot_write_is_an_error(stories_folder) -> Non
 def test_a_template_without_its_field_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the question template must contain {question}"):
         Template(question="Q:")
+    with pytest.raises(ConfigError, match=r"the baseline template must contain {question}"):
+        Template(baseline="Who?")
     with pytest.raises(ConfigError, match=r"the reference template must contain {explanation}"):
         Template(reference="{answer}")
 
@@ -155,3 +158,22 @@ def test_a_chat_template_wraps_the_bare_question_on_request(tiny) -> None:
         assert text_of(tiny, reference) == "Ada\nYes."
     finally:
         tiny.tokenizer.chat_template = None
+
+
+def test_the_strict_span_is_the_authors(tiny) -> None:
+    strict = Template(strict_span=True)
+    # gold and explanation have 3 + 8 characters; the line break between them costs the last one
+    prompt = reference_prompt(tiny, "Who?", "Ada", "She did.", strict)
+    assert (
+        text_of(tiny, prompt)
+        == text_of(tiny, reference_prompt(tiny, "Who?", "Ada", "She did."))[:-1]
+    )
+    # gold stands in the question first: the span begins there
+    prompt = reference_prompt(tiny, "Is Ada it?", "Ada", "", strict)
+    assert text_of(tiny, prompt).strip() == "Ada"
+    assert prompt.span[0] < len(question_prompt(tiny, "Is Ada it?").tokens) - 5
+
+
+def test_the_baseline_may_be_asked_otherwise(tiny) -> None:
+    assert baseline_prompt(tiny, "Who?") == question_prompt(tiny, "Who?")
+    assert baseline_prompt(tiny, "Who?", Template(baseline="{question}")) == tokenize(tiny, "Who?")

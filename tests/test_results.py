@@ -25,7 +25,7 @@ from fusion_lens.results import (
     save_summary,
 )
 
-SUMMARY = {"schema_version": 3, "seconds": 1.5}
+SUMMARY = {"schema_version": 4, "seconds": 1.5}
 
 
 def saved(folder: Path, results: Results | None = None) -> Path:
@@ -78,7 +78,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_file_whole(
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         append_results(folder, [replace(LOVELACE, nll=value)])
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        save_summary(folder, {"schema_version": 3, "seconds": value})
+        save_summary(folder, {"schema_version": 4, "seconds": value})
     assert load_results(folder) == make_results()
 
 
@@ -180,9 +180,9 @@ def test_a_malformed_record_is_named_by_its_line(
         (b"", "must be JSON: Expecting value"),
         (b"[" * 100_000, "must be JSON: maximum recursion depth exceeded"),
         (b"\xff{}", "must be UTF-8 text: invalid start byte"),
-        (b"[]", "schema_version must be 3"),
-        (b"{}", "schema_version must be 3"),
-        (b'{"schema_version": 1}', "schema_version must be 3"),
+        (b"[]", "schema_version must be 4"),
+        (b"{}", "schema_version must be 4"),
+        (b'{"schema_version": 1}', "schema_version must be 4"),
     ],
 )
 def test_a_summary_that_cannot_be_used_is_named(
@@ -230,7 +230,7 @@ def test_a_table_has_a_row_per_record_and_a_column_per_coefficient() -> None:
     assert table["coeff.late"].dropna().to_dict() == {1: 0.5, 3: 0.0}
     assert table["perplexity"].tolist() == [20.0] * 4
     assert "coeffs" not in table.columns
-    assert table.shape == (4, 40)  # 25 fields, coeffs taken apart into two
+    assert table.shape == (4, 41)  # 25 fields, coeffs taken apart into two
 
 
 def test_a_table_without_pandas_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

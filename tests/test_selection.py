@@ -8,11 +8,11 @@ from fusion_lens.errors import ConfigError
 from fusion_lens.generation import generate
 from fusion_lens.judges import JudgeItem, LexicalJudge, Verdict
 from fusion_lens.models import HookedModel
+from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt
 from fusion_lens.questions import Question
 from fusion_lens.scores import extract_answer
 from fusion_lens.selection import select_failed
-from fusion_lens.tuning import TuningConfig
 
 CONFIG = TuningConfig(generation=GenerationConfig(max_new_tokens=5))
 
@@ -36,6 +36,7 @@ class Strict:
     """Calls everything NOT_ATTEMPTED but the first."""
 
     name = "strict"
+    grade = False
 
     def judge(self, items: list[JudgeItem]) -> list[Verdict]:
         labels = ["INCORRECT", *["NOT_ATTEMPTED"] * (len(items) - 1)]

@@ -35,7 +35,7 @@ def records_of(gains: list[float]) -> list:
 def test_segmented_is_compared_with_every_other_arm_that_ran() -> None:
     made = compare_arms(records_of([0.3, 0.5, 0.7, 0.9]), ARMS, seed=0)
     assert {each.a for each in made} == {"segmented"}
-    assert len(made) == 2 * 9
+    assert len(made) == 2 * 10
     by_key = {(each.b, each.metric): each for each in made}
     generic = by_key["generic", "objective"]
     assert generic.diff == pytest.approx(0.5)
@@ -49,10 +49,13 @@ def test_segmented_is_compared_with_every_other_arm_that_ran() -> None:
 def test_what_was_tuned_is_not_tested_against_the_baseline() -> None:
     made = compare_arms(records_of([0.3, 0.5, 0.7, 0.9]), ARMS, seed=0)
     untested = {each.metric for each in made if each.b == "baseline" and each.p is None}
-    tuned_on = {"objective", "overlap", "exact_match", "correct", "token_f1", "nll"}
+    tuned_on = {"objective", "overlap", "exact_match", "correct", "accurate", "token_f1", "nll"}
     # a baseline is right on all the neighbours that count, and leaves unrelated text alone
     assert untested == {*tuned_on, "kl_unrelated", "neighbours_kept"}
-    assert all(each.p is not None for each in made if each.b == "generic")
+    unscored = {"accurate"}  # no judge gave a grade
+    assert all(
+        (each.p is None) == (each.metric in unscored) for each in made if each.b == "generic"
+    )
 
 
 def test_a_family_is_corrected_over_its_arms() -> None:

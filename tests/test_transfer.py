@@ -13,12 +13,14 @@ from fusion_lens.generation import GenerationConfig, generate
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import make_plan
+from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt, tokenize
 from fusion_lens.questions import Neighbour, Question
 from fusion_lens.scores import exact_match, extract_answer
+from fusion_lens.scoring import Scorer
 from fusion_lens.search import SearchConfig
 from fusion_lens.transfer import Reach, measure
-from fusion_lens.tuning import Job, Scorer, TuningConfig, make_segments, tune_jobs
+from fusion_lens.tuning import Job, make_segments, tune_jobs
 
 CONFIG = TuningConfig(
     search=SearchConfig(trials=3),

@@ -1,36 +1,20 @@
 from __future__ import annotations
 
-import dataclasses
-
 import optuna
 import pytest
 import torch
 
 import fusion_lens.tuning as tuning
 from fusion_lens.errors import (
-    ActivationError,
     ConfigError,
-    ContextLengthError,
     QuestionError,
-    SpanError,
 )
-from fusion_lens.generation import Completion, GenerationConfig, Row, generate
-from fusion_lens.models import HookedModel
+from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.plans import Segment
+from fusion_lens.preparation import TuningConfig, prepare
 from fusion_lens.questions import Question
 from fusion_lens.search import SearchConfig
-from fusion_lens.tuning import (
-    Job,
-    Scorer,
-    TuningConfig,
-    export_tuned,
-    make_segments,
-    prepare,
-    prepare_one,
-    seed_of,
-    tune,
-    tune_jobs,
-)
+from fusion_lens.tuning import Job, export_tuned, make_segments, tune, tune_jobs
 
 QUICK = TuningConfig(
     search=SearchConfig(trials=8, round_size=4, high=6.0),
@@ -41,86 +25,6 @@ ASKED = Question(id="red", question="Who wrote the red book?", answer="Ada Lovel
 OTHER = Question(
     id="born", question="When was Tom born?", answer="3 May 1901", explanation="He was"
 )
-
-
-def test_the_explanation_is_the_models_own_continuation_unless_given(tiny) -> None:
-    own, given = prepare(tiny, [ASKED, OTHER], QUICK)[0]
-    prompt = tuning.explanation_prompt(tiny, ASKED.question, ASKED.answer)
-    written = generate(tiny, [Row(prompt)], GenerationConfig(max_new_tokens=8))[0].text
-    assert own.explanation == written.strip() != ""
-    assert own.reference.text.endswith(f"Ada Lovelace\n{written.strip()}")
-    assert given.explanation == "He was"
-    assert given.reference.text.endswith("3 May 1901\nHe was")
-
-
-def test_a_marker_cuts_the_explanation_and_zero_tokens_mean_none(tiny) -> None:
-    marked = TuningConfig(explanation_tokens=8, explanation_marker="<never written>")
-    assert prepare_one(tiny, ASKED, marked).explanation == ""
-    assert prepare_one(tiny, ASKED, TuningConfig(explanation_tokens=0)).explanation == ""
-
-
-def test_deltas_are_reference_minus_steered_prompt(tiny) -> None:
-    prepared = prepare_one(tiny, ASKED, QUICK)
-    recorded = tuning.record(tiny, [prepared.reference, prepared.prompt])
-    assert torch.allclose(prepared.deltas.reference, recorded[0].mean, atol=1e-6)
-    assert torch.allclose(prepared.deltas.base, recorded[1].mean, atol=1e-6)
-
-
-def test_a_question_that_does_not_fit_is_a_failure_and_the_others_go_on(tiny) -> None:
-    long = Question(id="long", question="Who " * 60, answer="Ada")
-    prepared, failures = prepare(tiny, [ASKED, long, OTHER], QUICK)
-    assert [p.question.id for p in prepared] == ["red", "born"]
-    assert [(f.question_id, type(f.cause)) for f in failures] == [("long", ContextLengthError)]
-    with pytest.raises(ContextLengthError, match=r"\+ 10 > 128 tokens; shorten the prompt or low"):
-        prepare_one(tiny, long, QUICK)
-
-
-def test_a_long_reference_is_a_failure_too(tiny) -> None:
-    long = Question(id="long", question="Who?", answer="Ada", explanation="so " * 100)
-    _, failures = prepare(tiny, [long], QUICK)
-    assert type(failures[0].cause) is ContextLengthError
-
-
-def test_activations_that_are_not_finite_are_a_failure_of_their_question_alone(
-    tiny, monkeypatch
-) -> None:
-    real = tuning.record
-
-    def failing(model, prompts, **options):
-        if any("Tom" in prompt.text for prompt in prompts):
-            raise ActivationError("activations must be finite, but a mean holds NaN or infinity.")
-        return real(model, prompts, **options)
-
-    monkeypatch.setattr(tuning, "record", failing)
-    prepared, failures = prepare(tiny, [ASKED, OTHER], QUICK)
-    assert [p.question.id for p in prepared] == ["red"]
-    assert [(f.question_id, type(f.cause)) for f in failures] == [("born", ActivationError)]
-
-
-def test_two_questions_of_one_id_are_refused(tiny) -> None:
-    with pytest.raises(ConfigError, match="question ids must be unique"):
-        prepare(tiny, [ASKED, dataclasses.replace(OTHER, id="red")], QUICK)
-
-
-def test_questions_of_one_id_prepared_apart_are_scored_apart(tiny, monkeypatch) -> None:
-    one = prepare_one(tiny, ASKED, QUICK)
-    other = prepare_one(tiny, dataclasses.replace(ASKED, answer="Tom"), QUICK)
-    completion = Completion("Ada Lovelace", (40, 41), ended=False)
-    score = Scorer(tiny, QUICK)
-    first, second = score([one, other], [completion, completion])
-    assert (first.overlap, second.overlap) == (1.0, 0.0)
-    scored: list[int] = []
-    real = tuning.completion_nll
-
-    def counting(model: HookedModel, texts: list[object], **options: object) -> list[float | None]:
-        scored.append(len(texts))
-        return real(model, texts, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tuning, "completion_nll", counting)
-    again = Completion("Ada Lovelace", (40, 41), ended=False, margin=0.5)
-    (third,) = score([one], [again])
-    assert scored == [0]
-    assert (third, third.completion.margin) == (first, 0.5)
 
 
 def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder) -> None:
@@ -181,23 +85,6 @@ def test_all_trials_of_a_round_are_one_call_of_generate(tiny, monkeypatch) -> No
     assert sizes == [8, 8]
 
 
-def test_identical_completions_of_a_question_are_scored_once(tiny, monkeypatch) -> None:
-    scored = []
-    real = tuning.completion_nll
-
-    def counting(model, texts, **options):
-        scored.extend((prompt.text, completion.tokens) for prompt, completion in texts)
-        return real(model, texts, **options)
-
-    monkeypatch.setattr(tuning, "completion_nll", counting)
-    config = TuningConfig(
-        search=SearchConfig(trials=8, high=0.01), generation=GenerationConfig(max_new_tokens=6)
-    )
-    tuned = tune(tiny, ASKED, config=config)
-    distinct = {trial.outcome.completion.tokens for trial in tuned.tuned.trials}
-    assert len(scored) == len(set(scored)) == len(distinct) < 8
-
-
 def test_an_interrupt_gives_the_trials_so_far_and_a_model_without_hooks(
     tiny, untouched, monkeypatch
 ) -> None:
@@ -207,7 +94,7 @@ def test_an_interrupt_gives_the_trials_so_far_and_a_model_without_hooks(
 
     def interrupted(*args, **options):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args, **options)
 
@@ -249,14 +136,3 @@ def test_an_empty_question_or_answer_is_refused(tiny) -> None:
         tune(tiny, "Who?", " ", config=QUICK)
     with pytest.raises(QuestionError, match="must have a non-empty question"):
         tune(tiny, "", "Ada", config=QUICK)
-
-
-def test_an_answer_that_is_not_in_the_reference_is_refused(tiny) -> None:
-    question = Question(id="q", question="Who?", answer="</s>", explanation="")
-    with pytest.raises(SpanError, match="'</s>' has no known token of its own"):
-        prepare_one(tiny, question, QUICK)
-
-
-def test_seeds_depend_on_their_parts_alone() -> None:
-    assert seed_of(0, "q", "full") == seed_of(0, "q", "full")
-    assert len({seed_of(0, "q", "full"), seed_of(1, "q", "full"), seed_of(0, "qf", "ull")}) == 3

@@ -1,0 +1,191 @@
+"""The options that commands share, and the settings that are made of them.
+
+An option whose default depends on the protocol is None until it is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+T = TypeVar("T")
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Checkpoint folder or hub name; without it Atlas, the bundled model."
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16 or float64. [default: float32; in 8-bit float16]"
+    ),
+]
+EightBitOption = Annotated[
+    bool,
+    typer.Option("--load-in-8bit", help="Matrices as bitsandbytes' LLM.int8, on hook points."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")]
+SegmentsOption = Annotated[
+    str, typer.Option(help="full, thirds, layers, or a number of even segments.")
+]
+SlotsOption = Annotated[
+    int | None, typer.Option(help="Rows generated at once; by the device's size if not given.")
+]
+CacheOption = Annotated[
+    int | None,
+    typer.Option(help="Positions of a row's cache; by the file's longest question if not given."),
+]
+ExecutorOption = Annotated[
+    str, typer.Option(help="lean, hooks (the reference, slower), or auto: lean where it can be.")
+]
+ChatOption = Annotated[bool, typer.Option(help="Wrap questions in the tokenizer's chat template.")]
+StorageOption = Annotated[
+    str | None, typer.Option(help="Optuna storage URL that gets every finished study.")
+]
+
+
+def settings_of(
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="controlled, or paper: what Fusion Steering's authors ran, metrics and judges on "
+            "prompt + completion."
+        ),
+    ] = "controlled",
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials per question and tuned arm, the zero plan included. "
+            "[default: 30; paper: 5, without it]"
+        ),
+    ] = None,
+    round_size: Annotated[
+        int | None,
+        typer.Option(help="Trials asked at once; the sampler learns between rounds. [default: 5]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of samplers and bootstrap. [default: 0]")
+    ] = None,
+    parametrisation: Annotated[
+        str | None,
+        typer.Option(
+            help="coeff: one in [0, 1.5] per segment; alpha_gamma: the paper's pair, each in "
+            "[0.01, 1]. [default: coeff; paper: alpha_gamma]"
+        ),
+    ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(
+            help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart "
+            "(the plan chosen is still the weighted best). [default: weighted]"
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="question: a constant shift; sequence: the authors' hook, without a cache. "
+            "[default: question; paper: sequence]"
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="all, prompt or completion. [default: all]")
+    ] = None,
+    steer_special: Annotated[
+        bool | None,
+        typer.Option(
+            "--steer-special/--spare-special",
+            help="Steer BOS and other special tokens too. [default: spare; paper: steer]",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="New tokens per completion, at most. [default: 48; paper: 100]"),
+    ] = None,
+    explanation_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the model's own explanation; 0: none. [default: 48; paper: 100]"
+        ),
+    ] = None,
+    explanation_marker: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that the model's explanation follows. [default: none; paper: "
+            "**Explanation:**]"
+        ),
+    ] = None,
+    perplexity_model: Annotated[
+        str | None,
+        typer.Option(
+            help="A causal language model, by folder or hub name, that measures perplexity. "
+            "[default: the steered one, unsteered; paper: openai-community/gpt2]"
+        ),
+    ] = None,
+    slots: SlotsOption = None,
+    cache_length: CacheOption = None,
+    executor: ExecutorOption = "auto",
+    chat: ChatOption = False,
+) -> Any:
+    """The options that `run` and `tune` share, as a protocol with the settings that were given."""
+    from fusion_lens.protocols import protocol as named
+
+    base = named(protocol)
+    tuning = base.experiment.tuning
+    search = given(
+        tuning.search,
+        trials=trials,
+        round_size=round_size,
+        seed=seed,
+        parametrisation=parametrisation,
+        objectives=objectives,
+    )
+    generation = given(
+        tuning.generation,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        cache_length=cache_length,
+        executor=executor,
+    )
+    tuned = given(
+        replace(
+            tuning,
+            search=search,
+            generation=generation,
+            template=replace(tuning.template, chat=chat),
+        ),
+        mean=mean,
+        positions=positions,
+        steer_special=steer_special,
+        explanation_tokens=explanation_tokens,
+        explanation_marker=explanation_marker,
+    )
+    return given(
+        replace(base, experiment=replace(base.experiment, tuning=tuned)),
+        perplexity_model=perplexity_model,
+    )
+
+
+def given(config: T, **options: Any) -> T:
+    """The config with the options that were given."""
+    return replace(config, **{name: value for name, value in options.items() if value is not None})  # type: ignore[type-var]
+
+
+def with_settings(command: Callable[..., int]) -> Callable[..., int]:
+    """The command with the options of `settings_of` in the place of its parameter `settings`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    shared = inspect.signature(settings_of, eval_str=True).parameters
+
+    def wrapped(**options: Any) -> int:
+        settings = settings_of(**{name: options.pop(name) for name in shared})
+        return command(**options, settings=settings)
+
+    kept = [parameter for name, parameter in own.items() if name != "settings"]
+    wrapped.__signature__ = inspect.Signature([*kept, *shared.values()])  # type: ignore[attr-defined]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return wrapped
