@@ -7,6 +7,7 @@ packages are imported inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import warnings
@@ -471,6 +472,8 @@ def _load(
     from fusion_lens.models import load_model
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    # transformer-lens imports bitsandbytes wherever it is installed, and that tells what it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return load_model(model, dtype=dtype, device=device, load_in_8bit=load_in_8bit)
 
 

@@ -30,13 +30,14 @@ _HASHED_ELEMENTS = 200_000
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What the package asks of a model; `TransformerBridge` and `HookedTransformer` offer it."""
+    """What the package asks of a model; `TransformerBridge` and `HookedTransformer` offer it.
+
+    Their `hook_dict` is not among it: a bridge makes it anew whenever it is asked for, which a
+    check against this protocol would do.
+    """
 
     cfg: Any
     tokenizer: Any
-
-    @property
-    def hook_dict(self) -> Mapping[str, Any]: ...
 
     def hooks(self, fwd_hooks: Any = ...) -> AbstractContextManager[Any]: ...
 
@@ -110,21 +111,12 @@ def load_model(
         raise MissingExtraError("bitsandbytes", "bitsandbytes")
 
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
 
     with opening(str(name_or_path), local=Path(source).is_dir()):
         options: dict[str, Any] = {"device": device, "dtype": torch_dtype}
         if load_in_8bit:
-            options = {
-                "hf_model": AutoModelForCausalLM.from_pretrained(
-                    source,
-                    revision=revision,
-                    dtype=torch_dtype,
-                    quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-                    device_map=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                    trust_remote_code=False,
-                )
-            }
+            options = {"hf_model": _quantised(source, revision, device, torch_dtype)}
         model = TransformerBridge.boot_transformers(
             source,
             tokenizer=AutoTokenizer.from_pretrained(source, revision=revision),
@@ -160,7 +152,7 @@ def load_text_model(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch_dtype, trust_remote_code=False
         )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    return model.to(device or _default_device()).eval(), tokenizer
 
 
 def resid_post(layer: int) -> str:
@@ -174,7 +166,7 @@ def check_hook_names(model: HookedModel, names: list[str]) -> None:
     Raises:
         HookNameError: for the first that does not. A bridge would ignore it and run unsteered.
     """
-    known = model.hook_dict
+    known = _hook_points(model)
     for name in names:
         if name not in known:
             raise HookNameError(name, known)
@@ -209,7 +201,7 @@ def is_hooked(model: HookedModel) -> bool:
 
     Both wrappers and transformers put hooks of their own on modules; those do not count.
     """
-    if any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
+    if any(point.fwd_hooks or point.bwd_hooks for point in _hook_points(model).values()):
         return True
     return any(
         not str(getattr(hook, "__module__", "")).startswith(("transformers.", "transformer_lens."))
@@ -270,6 +262,27 @@ def forward(
     else:
         logits = _bridge_forward(model, tokens, mask, cache, last)
     return logits[:, -last:]
+
+
+def _hook_points(model: Any) -> Mapping[str, Any]:
+    return model.hook_dict  # type: ignore[no-any-return]
+
+
+def _quantised(source: str, revision: str | None, device: str | None, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        device_map=device or _default_device(),
+        trust_remote_code=False,
+    )
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _floating(dtype: str | torch.dtype) -> torch.dtype:
