@@ -34,6 +34,7 @@ from fusion_lens.results import (
     Provenance,
     Result,
     Results,
+    Summary,
     append_results,
     open_run_folder,
     plan_path,
@@ -206,7 +207,7 @@ def run(
     }
     if folder is not None:
         save_summary(folder, summary)
-    return Results(tuple(kept.records), summary)
+    return Results(tuple(kept.records), Summary(summary))
 
 
 @dataclass(slots=True)

@@ -133,12 +133,35 @@ class Provenance:
         )
 
 
+class Summary(dict[str, Any]):
+    """What `summary.json` holds: the dictionary as it is, which can be made a table."""
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per arm and metric over all questions (`by` "all"), and per topic and answer type:
+        mean, interval, n, unscored and clusters.
+
+        Raises:
+            MissingExtraError: if pandas is not installed.
+        """
+        groups = [("all", "", {arm: own["metrics"] for arm, own in self["arms"].items()})]
+        groups += [
+            (by, value, arms) for by, own in self["groups"].items() for value, arms in own.items()
+        ]
+        rows = [
+            {"by": by, "value": value, "arm": arm, "metric": metric, **interval}
+            for by, value, arms in groups
+            for arm, metrics in arms.items()
+            for metric, interval in metrics.items()
+        ]
+        return _frame(rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The records of a run and its summary as a dictionary."""
+    """The records of a run and its summary."""
 
     records: tuple[Result, ...]
-    summary: dict[str, Any]
+    summary: Summary
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per question and arm, a column `coeff.<segment>` per coefficient.
@@ -146,16 +169,20 @@ class Results:
         Raises:
             MissingExtraError: if pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise MissingExtraError("pandas", "pandas") from error
         rows = []
         for record in self.records:
             row = asdict(record)
             coeffs = row.pop("coeffs")
             rows.append(row | {f"coeff.{name}": value for name, value in coeffs.items()})
-        return pd.DataFrame(rows)
+        return _frame(rows)
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise MissingExtraError("pandas", "pandas") from error
+    return pd.DataFrame(rows)
 
 
 def open_run_folder(folder: str | Path) -> Path:
@@ -262,7 +289,7 @@ def load_results(folder: str | Path) -> Results:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
         raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
-    return Results(_records(Path(folder) / "results.jsonl"), summary)
+    return Results(_records(Path(folder) / "results.jsonl"), Summary(summary))
 
 
 def _text(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from fusion_lens.results import Result, Results
+from fusion_lens.results import Result, Results, Summary
 from fusion_lens.scores import label_figures
 from fusion_lens.statistics import Interval
 
@@ -132,4 +132,4 @@ def make_results() -> Results:
         replace(LOVELACE, question_id="harris", subject="Tom Harris"),
         tuned("harris", 0.0, 0.0, zero_won=True),
     )
-    return Results(records, summary(**arms))
+    return Results(records, Summary(summary(**arms)))

@@ -20,7 +20,7 @@ from fusion_lens.plots import (
     run_figures,
     write_figures,
 )
-from fusion_lens.results import Results
+from fusion_lens.results import Results, Summary
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_run_has_the_figures_it_has_data_for() -> None:
     nothing = dict.fromkeys(
         ("transfer_exact_match", "neighbours_kept", "kl_unrelated"), interval(None, None, None, 12)
     )
-    untuned = Results((LOVELACE,), summary(baseline=arm(**nothing)) | {"delta_norms": {}})
+    untuned = Results((LOVELACE,), Summary(summary(baseline=arm(**nothing)) | {"delta_norms": {}}))
     assert [figure.name for figure in run_figures(untuned)] == ["scores"]
 
 

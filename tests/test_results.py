@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import LOVELACE, make_results, tuned
+from records import LOVELACE, interval, make_results, tuned
 
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
 from fusion_lens.models import ModelIdentity
 from fusion_lens.results import (
     Provenance,
     Results,
+    Summary,
     append_results,
     load_results,
     open_run_folder,
@@ -60,14 +61,16 @@ def test_records_are_appended_in_the_order_they_come(tmp_path: Path) -> None:
 def test_a_completion_of_any_letters_and_line_breaks_comes_back(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
-    folder = saved(tmp_path_factory.getbasetemp() / "letters", Results((), SUMMARY))
+    folder = saved(tmp_path_factory.getbasetemp() / "letters", Results((), Summary(SUMMARY)))
     record = replace(LOVELACE, completion=text)
     append_results(folder, [record, LOVELACE])
     assert load_results(folder).records == (record, LOVELACE)
 
 
 def test_a_run_without_records_is_a_run(tmp_path: Path) -> None:
-    assert load_results(saved(tmp_path, Results((), SUMMARY))) == Results((), SUMMARY)
+    assert load_results(saved(tmp_path, Results((), Summary(SUMMARY)))) == Results(
+        (), Summary(SUMMARY)
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -231,6 +234,31 @@ def test_a_table_has_a_row_per_record_and_a_column_per_coefficient() -> None:
     assert table["perplexity"].tolist() == [20.0] * 4
     assert "coeffs" not in table.columns
     assert table.shape == (4, 41)  # 25 fields, coeffs taken apart into two
+
+
+def test_a_summary_as_a_table_has_a_row_per_metric_arm_and_group() -> None:
+    content = make_results().summary
+    books = {"baseline": {"overlap": interval(0.25, 0.0, 0.5, unscored=2)}}
+    table = Summary(content | {"groups": {"topic": {"Books": books}}}).to_pandas()
+    n_metrics = len(content["arms"]["baseline"]["metrics"])
+    assert len(table) == 2 * n_metrics + 1
+    assert table.iloc[-1].to_dict() == {
+        "by": "topic",
+        "value": "Books",
+        "arm": "baseline",
+        "metric": "overlap",
+        "mean": 0.25,
+        "low": 0.0,
+        "high": 0.5,
+        "n": 10,
+        "unscored": 2,
+        "clusters": 6,
+    }
+    right = table[(table["by"] == "all") & (table["metric"] == "exact_match")]
+    assert dict(zip(right["arm"], right["mean"], strict=True)) == {
+        "baseline": 0.0,
+        "segmented": 0.25,
+    }
 
 
 def test_a_table_without_pandas_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
