@@ -14,15 +14,15 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators"},
-    {"values", "question_layouts"},
+    {"values", "question_layouts", "tensor_files"},
     {"scores"},
     {"claims"},
     {"golds"},
     {"questions", "models", "llama", "judges"},
-    {"prompts", "lean", "engine_log", "llm_judge"},
-    {"executors"},
-    {"activations"},
-    {"deltas"},
+    {"prompts", "lean", "engine_log", "llm_judge", "dictionaries"},
+    {"executors", "sae_configs", "crosscoders"},
+    {"activations", "sae_files", "crosscoder_files"},
+    {"deltas", "saes"},
     {"plans", "controls"},
     {"plan_files", "hooks", "decoding"},
     {"slots", "batches", "search", "divergence"},
@@ -43,7 +43,7 @@ ATLAS_KNOWS = {"errors", "scores", "questions"}
 # one door each
 DOORS = {
     "transformer_lens": {"models"},
-    "sae_lens": set(),
+    "sae_lens": {"saes"},
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
     "pandas": {"results"},
