@@ -8,9 +8,13 @@ call.
 from fusion_lens.activations import Activations as Activations
 from fusion_lens.activations import activations_from_cache as activations_from_cache
 from fusion_lens.activations import record as record
+from fusion_lens.crosscoder_files import load_crosscoder as load_crosscoder
+from fusion_lens.crosscoder_files import save_crosscoder as save_crosscoder
 from fusion_lens.deltas import Deltas as Deltas
 from fusion_lens.deltas import deltas_from_caches as deltas_from_caches
 from fusion_lens.deltas import make_deltas as make_deltas
+from fusion_lens.dictionaries import Dictionary as Dictionary
+from fusion_lens.dictionaries import fit_to_model as fit_to_model
 from fusion_lens.errors import FusionLensError as FusionLensError
 from fusion_lens.experiment import ExperimentConfig as ExperimentConfig
 from fusion_lens.experiment import run as run
@@ -41,5 +45,6 @@ from fusion_lens.questions import load_questions as load_questions
 from fusion_lens.questions import select_questions as select_questions
 from fusion_lens.results import Results as Results
 from fusion_lens.results import load_results as load_results
+from fusion_lens.saes import load_sae as load_sae
 from fusion_lens.search import SearchConfig as SearchConfig
 from fusion_lens.tuning import tune as tune

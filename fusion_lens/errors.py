@@ -89,6 +89,10 @@ class PlanError(FusionLensError, ValueError):
     """A plan is malformed, or does not belong to the model it is used on."""
 
 
+class DictionaryError(FusionLensError, ValueError):
+    """A sparse dictionary cannot be opened, or does not belong to what it is used on."""
+
+
 class SearchError(FusionLensError, ValueError):
     """A search that cannot be run as configured."""
 

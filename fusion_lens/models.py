@@ -196,6 +196,24 @@ def identify(model: HookedModel) -> ModelIdentity:
     )
 
 
+def is_layer_normed(model: HookedModel) -> bool:
+    """Whether LayerNorm, blind to the mean over d_model, reads the residual stream; RMSNorm is
+    not."""
+    kind = str(getattr(model.cfg, "normalization_type", None))
+    return kind in ("LN", "LNPre") and not getattr(model.cfg, "final_rms", False)
+
+
+def residual_basis(model: HookedModel) -> str:
+    """The basis its residual stream is in: "centred" where TransformerLens has taken the mean over
+    d_model out of all that is written to it, else "unprocessed".
+
+    Only `center_writing_weights` does that, and only on a LayerNorm model. `fold_ln`,
+    `center_unembed`, `fold_value_biases` and `refactor_factored_attn_matrices` change what is read
+    from the stream, or move a constant from one write to another of the same block.
+    """
+    return "centred" if is_layer_normed(model) and _is_centred(model) else "unprocessed"
+
+
 def is_hooked(model: HookedModel) -> bool:
     """Whether somebody has hooks on the model: on a hook point, or PyTorch's on a module.
 
@@ -332,9 +350,15 @@ def _hooked_transformer_forward(
 def _processing(model: Any) -> str:
     if type(model).__name__ == "HookedTransformer":
         folded = str(model.cfg.normalization_type).endswith("Pre")
-        centred = bool(model.W_E.mean(dim=-1).abs().max() < 1e-6 * model.W_E.abs().max())
-        return "processed" if folded or centred else "unprocessed"
+        return "processed" if folded or _is_centred(model) else "unprocessed"
     return "processed" if getattr(model, "_weights_processed", False) else "unprocessed"
+
+
+def _is_centred(model: Any) -> bool:
+    # weights are centred in float32 and rounded after that
+    tolerance = max(1e-6, torch.finfo(model.W_E.dtype).eps / 8)
+    embedding = model.W_E.float()
+    return bool(embedding.mean(dim=-1).abs().max() < tolerance * embedding.abs().max())
 
 
 def _digests(model: Any) -> tuple[str, str]:

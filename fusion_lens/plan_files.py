@@ -23,6 +23,7 @@ from fusion_lens.errors import FusionLensError, OutputError, PlanError
 from fusion_lens.models import ModelIdentity
 from fusion_lens.plans import Plan, Segment, Step
 from fusion_lens.prompts import Layout
+from fusion_lens.tensor_files import tensors_digest
 
 SCHEMA_VERSION = 1
 
@@ -53,7 +54,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
             "schema_version": SCHEMA_VERSION,
             "model": asdict(plan.model),
             "steps": steps,
-            "tensors_sha256": _digest(tensors),
+            "tensors_sha256": tensors_digest(tensors),
         },
         sort_keys=True,
     )
@@ -99,7 +100,7 @@ def _plan_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
         raise PlanError(
             f"schema_version must be {SCHEMA_VERSION}, but got {content['schema_version']}."
         )
-    if _digest(tensors) != content["tensors_sha256"]:
+    if tensors_digest(tensors) != content["tensors_sha256"]:
         raise PlanError("its tensors do not match their checksum; the file is damaged.")
     model = ModelIdentity(**content["model"])
     return Plan(
@@ -120,12 +121,3 @@ def _plan_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
             for n, step in enumerate(content["steps"])
         )
     )
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -21,6 +21,7 @@ REFINED = {
     "ActivationError": ValueError,
     "ConfigError": ValueError,
     "ContextLengthError": ValueError,
+    "DictionaryError": ValueError,
     "HookNameError": LookupError,
     "InputFileError": ValueError,
     "MissingExtraError": ImportError,

@@ -14,15 +14,15 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators"},
-    {"values", "question_layouts", "published", "hub", "judge_cache"},
+    {"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
     {"scores"},
     {"claims"},
     {"golds"},
     {"questions", "models", "llama", "judges"},
-    {"prompts", "lean", "engine_log", "judge_prompts"},
-    {"llm_judge"},
-    {"executors"},
-    {"activations"},
+    {"prompts", "lean", "engine_log", "judge_prompts", "dictionaries"},
+    {"llm_judge", "sae_configs", "crosscoders"},
+    {"executors", "sae_files", "crosscoder_files"},
+    {"activations", "saes"},
     {"deltas"},
     {"plans", "controls", "perplexity"},
     {"plan_files", "hooks", "decoding"},
@@ -48,7 +48,7 @@ ATLAS_KNOWS = {"errors", "scores", "questions"}
 # one door each
 DOORS = {
     "transformer_lens": {"models"},
-    "sae_lens": set(),
+    "sae_lens": {"saes"},
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
     "pandas": {"results"},
