@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, permutation_test
+import numpy.typing as npt
+from scipy.stats import binomtest, bootstrap, permutation_test, spearmanr
 
 N_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -59,9 +60,48 @@ def cluster_bootstrap(
     if share and mean in (0.0, 1.0):
         low, high = _wilson(round(mean * len(names)), len(names))
         return Interval(mean, low, high, len(pairs), unscored, len(names))
+    low, high = _ratio_interval(sums, counts, seed)
+    return Interval(mean, low, high, len(pairs), unscored, len(names))
+
+
+def ratio_of_sums(
+    above: Sequence[float], below: Sequence[float], clusters: Sequence[str], *, seed: int = 0
+) -> Interval:
+    """sum(above) / sum(below) with a cluster-bootstrap interval: what a mean of ratios would be if
+    questions with a small denominator did not decide it. None where `below` sums to 0.
+
+    Raises:
+        ValueError: if the three have different lengths.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for a, b, cluster in zip(above, below, clusters, strict=True):
+        x, y = sums.get(cluster, (0.0, 0.0))
+        sums[cluster] = x + a, y + b
+    pairs = np.array([sums[name] for name in sorted(sums)]).reshape(-1, 2)
+    total = pairs.sum(axis=0)
+    if not total[1]:
+        return Interval(None, None, None, len(above), 0, len(sums))
+    ratio = float(total[0] / total[1])
+    if len(sums) < 2:
+        return Interval(ratio, None, None, len(above), 0, len(sums))
+    low, high = _ratio_interval(pairs[:, 0], pairs[:, 1], seed)
+    return Interval(ratio, low, high, len(above), 0, len(sums))
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's; None where either has fewer than two different values."""
+    if min(len(set(one)), len(set(other))) < 2:
+        return None
+    return float(spearmanr(one, other).statistic)
+
+
+def _ratio_interval(
+    above: npt.NDArray[np.float64], below: npt.NDArray[np.float64], seed: int
+) -> tuple[float, float]:
+    """Of sum(above) / sum(below), a value of each per cluster."""
     result = bootstrap(
-        (sums, counts),
-        lambda s, c, axis=-1: s.sum(axis=axis) / c.sum(axis=axis),
+        (above, below),
+        lambda a, b, axis=-1: a.sum(axis=axis) / b.sum(axis=axis),
         paired=True,
         vectorized=True,
         n_resamples=N_RESAMPLES,
@@ -71,7 +111,7 @@ def cluster_bootstrap(
         rng=np.random.default_rng(seed),
     )
     low, high = result.confidence_interval
-    return Interval(mean, float(low), float(high), len(pairs), unscored, len(names))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

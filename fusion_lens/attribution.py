@@ -1,0 +1,328 @@
+"""A change of the residual stream -> the sparse features it consists of, the error kept.
+
+Between two residuals x and y at the same tokens, feature i of a dictionary changes by
+
+    w_i[l] = f_i(y) scale[l](y) - f_i(x) scale[l](x),    contribution  c_i[l] = w_i[l] d_i[l],
+
+and what is in no feature is the offset, `offset(y) - offset(x)`, and the error, `err(y) - err(x)`
+with `err(x) = x - decode(encode(x))` as the dictionary itself computes it. Contributions, offset
+and error sum to y - x. A bare delta is never encoded: it lies off the distribution that a
+dictionary knows, and a code cannot be negative there (Mayne et al. 2024, arXiv 2411.08790).
+
+*Injected*: x is the residual that the steering after a block is given, y what it makes of it.
+*Total*: x is the unsteered run, y the steered one, after the steering; with all layers steered most
+of the change at a late layer comes from below. Both on the same teacher-forced tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fusion_lens.dictionaries import Card, Dictionary
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import DictionaryError, one_of
+from fusion_lens.models import HookedModel
+from fusion_lens.teacher_forcing import Text, record_streams
+
+KINDS = ("injected", "total")
+
+_SHOWN = ("dictionary", "layer", "feature", "effect", "share", "label")
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureEffect:
+    """One feature's part in a change, averaged over tokens.
+
+    `effect` is its signed size in residual units, `share` the part of the change's squared norm
+    that it accounts for, `<c_i, delta> / |delta|^2`; None of a change that is 0. `layer` is None
+    for a dictionary of several layers.
+    """
+
+    dictionary: str
+    layer: int | None
+    feature: int
+    effect: float
+    share: float | None
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Effects:
+    """A change in the features of one dictionary.
+
+    `features` are those with a code before or after, in ascending order; `token_effects` their
+    signed sizes at every token read, in residual units; the other tensors are means over the tokens
+    that count: `weights` w, `directions` d, and the change itself, its offset and its error.
+    """
+
+    card: Card
+    kind: str
+    features: tuple[int, ...]
+    token_effects: Float[Tensor, "pos feature"]
+    weights: Float[Tensor, "feature layer"]
+    directions: Float[Tensor, "feature layer d_model"]
+    delta: Float[Tensor, "layer d_model"]
+    offset: Float[Tensor, "layer d_model"]
+    error: Float[Tensor, "layer d_model"]
+
+    @property
+    def contributions(self) -> Float[Tensor, "feature layer d_model"]:
+        """c: what each feature adds to the change, in residual units."""
+        return self.weights[..., None] * self.directions
+
+    @property
+    def effects(self) -> Float[Tensor, " feature"]:
+        """The signed size of every contribution."""
+        return _signed_sizes(self.weights, self.directions)
+
+    @property
+    def shares(self) -> Float[Tensor, " feature"]:
+        """`<c_i, delta> / |delta|^2`; with those of offset and error they sum to 1. NaN for a
+        change that is 0."""
+        return self.contributions.flatten(1) @ self.delta.flatten() / self.delta.square().sum()
+
+    @property
+    def explained(self) -> Float[Tensor, "layer d_model"]:
+        """Contributions and offset: the change without its error."""
+        return self.contributions.sum(dim=0) + self.offset
+
+    @property
+    def relative_error(self) -> float:
+        """|error| / |delta|."""
+        return float(self.error.norm() / self.delta.norm())
+
+    @property
+    def cosine(self) -> float:
+        """Between the change and what is explained of it."""
+        return float(
+            torch.nn.functional.cosine_similarity(
+                self.explained.flatten(), self.delta.flatten(), dim=0
+            )
+        )
+
+    @property
+    def gap(self) -> float:
+        """|explained + error - delta| / |delta|: rounding, or a dictionary read wrongly."""
+        return float((self.explained + self.error - self.delta).norm() / self.delta.norm())
+
+    @property
+    def norms(self) -> dict[int, float]:
+        """The norm of the change by layer."""
+        return dict(zip(self.card.layers, self.delta.norm(dim=-1).tolist(), strict=True))
+
+    def place(self, feature: int) -> int | None:
+        """Where a feature is among `features`; None if it has no code."""
+        return self.features.index(feature) if feature in self.features else None
+
+    def top(
+        self, k: int | None = None, labels: Mapping[int, str] | None = None
+    ) -> list[FeatureEffect]:
+        """The `k` features of the largest effects, either sign, with labels by feature."""
+        effects, shares = self.effects, self.shares
+        order = sorted(range(len(self.features)), key=lambda i: (-abs(float(effects[i])), i))
+        layer = self.card.layers[0] if len(self.card.layers) == 1 else None
+        return [
+            FeatureEffect(
+                self.card.name,
+                layer,
+                self.features[i],
+                float(effects[i]),
+                None if bool(shares[i].isnan()) else float(shares[i]),
+                (labels or {}).get(self.features[i], ""),
+            )
+            for i in order[:k]
+        ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attribution:
+    """A change of the residual stream in the features of one dictionary or several.
+
+    `str_tokens` are the tokens of `Effects.token_effects`, `counted` tells which of them the means
+    are taken over. `not_covered` are the layers that no dictionary reads.
+    """
+
+    effects: tuple[Effects, ...]
+    str_tokens: tuple[str, ...]
+    counted: tuple[bool, ...]
+    not_covered: tuple[int, ...]
+
+    def top(
+        self, k: int | None = None, labels: Mapping[str, Mapping[int, str]] | None = None
+    ) -> list[FeatureEffect]:
+        """The `k` features of the largest effects over all dictionaries, with labels by
+        dictionary's name and feature."""
+        found = chain.from_iterable(
+            effects.top(k, (labels or {}).get(effects.card.name)) for effects in self.effects
+        )
+        return sorted(found, key=lambda each: -abs(each.effect))[:k]
+
+    def to_dict(
+        self, k: int | None = None, labels: Mapping[str, Mapping[int, str]] | None = None
+    ) -> dict[str, Any]:
+        """For JSON: the top features, and how much of the change they leave out."""
+        return {
+            "features": [
+                {
+                    name: getattr(each, name)
+                    for name in ("layer", "feature", "effect", "share", "label")
+                }
+                for each in self.top(k, labels)
+            ],
+            "dictionaries": [
+                {
+                    "dictionary": each.card.name,
+                    "layers": list(each.card.layers),
+                    "relative_error": each.relative_error,
+                    "cosine": each.cosine,
+                    "per_layer": each.norms,
+                }
+                for each in self.effects
+            ],
+            "relative_error": self.relative_error,
+            "cosine": self.cosine,
+            "not_covered": list(self.not_covered),
+        }
+
+    @property
+    def relative_error(self) -> float:
+        """|error| / |delta| over all layers that are covered."""
+        return self._norm("error") / self._norm("delta")
+
+    @property
+    def cosine(self) -> float:
+        """Between the change and what is explained of it, over all layers that are covered."""
+        product = sum(float((each.explained * each.delta).sum()) for each in self.effects)
+        return product / (self._norm("explained") * self._norm("delta"))
+
+    def _norm(self, name: str) -> float:
+        return math.hypot(*(float(getattr(each, name).norm()) for each in self.effects))
+
+
+def effects_between(
+    dictionary: Dictionary,
+    x: Float[Tensor, "pos layer d_model"],
+    y: Float[Tensor, "pos layer d_model"],
+    counted: Bool[Tensor, " pos"] | None = None,
+    *,
+    kind: str = "injected",
+) -> Effects:
+    """The change from x to y, residuals after the blocks the dictionary reads, at the same tokens.
+
+    `counted` are the tokens that means are taken over (None: all).
+
+    Raises:
+        DictionaryError: if x or y do not fit the dictionary, or no token counts.
+    """
+    if counted is None:
+        counted = torch.ones(len(x), dtype=torch.bool)
+    if not bool(counted.any()):
+        raise DictionaryError("there must be a token to take a mean over, but got none.")
+    before, after = dictionary.encode(x), dictionary.encode(y)
+    active = ((before.codes != 0) | (after.codes != 0)).any(dim=0).nonzero()[:, 0]
+    weights = (
+        after.codes[:, active, None] * after.scale[:, None]
+        - before.codes[:, active, None] * before.scale[:, None]
+    )
+    directions = dictionary.decoder[:, active].transpose(0, 1)
+    delta = dictionary.to_basis(y) - dictionary.to_basis(x)
+    error = delta - (dictionary.reconstruct(y) - dictionary.reconstruct(x))
+
+    def mean(values: Tensor) -> Tensor:
+        return values[counted.to(values.device)].mean(dim=0).cpu()
+
+    return Effects(
+        card=dictionary.card,
+        kind=one_of("kind", kind, KINDS),
+        features=tuple(active.tolist()),
+        token_effects=_signed_sizes(weights, directions).cpu(),
+        weights=mean(weights),
+        directions=directions.cpu(),
+        delta=mean(delta),
+        offset=mean(after.offset - before.offset),
+        error=mean(error),
+    )
+
+
+def attribute(
+    model: HookedModel,
+    dictionaries: Sequence[Dictionary],
+    texts: Sequence[Text],
+    *,
+    kind: str = "injected",
+    log: EngineLog | None = None,
+) -> list[Attribution]:
+    """What each text's plan changes, in the features of every dictionary.
+
+    The tokens read are all but special ones; those that count are the positions whose logits write
+    what follows the prompt, or, where nothing does, all that are read. The dictionaries must fit
+    the model (`dictionaries.fit_to_model`).
+
+    Raises:
+        DictionaryError: if two dictionaries read one layer, or one has another width.
+        PlanError: if a plan belongs to another model.
+    """
+    one_of("kind", kind, KINDS)
+    layers = [layer for dictionary in dictionaries for layer in dictionary.card.layers]
+    if len(set(layers)) != len(layers):
+        raise DictionaryError(
+            f"every layer must be read by one dictionary at most, but got {sorted(layers)}."
+        )
+    steered = record_streams(model, texts, log=log)
+    if kind == "injected":
+        pairs = [(streams.entering, streams.leaving) for streams in steered]
+    else:
+        plain = record_streams(model, [replace(text, plan=None) for text in texts], log=log)
+        pairs = [(a.leaving, b.leaving) for a, b in zip(plain, steered, strict=True)]
+    n_layers = int(model.cfg.n_layers)
+    not_covered = tuple(layer for layer in range(n_layers) if layer not in layers)
+    made = []
+    for text, (x, y) in zip(texts, pairs, strict=True):
+        read = [t for t in range(len(text.tokens)) if t not in text.prompt.special]
+        writing = set(text.writing) or set(read)
+        counted = torch.tensor([t in writing for t in read])
+        made.append(
+            Attribution(
+                effects=tuple(
+                    effects_between(
+                        dictionary,
+                        _at(x, dictionary, read),
+                        _at(y, dictionary, read),
+                        counted,
+                        kind=kind,
+                    )
+                    for dictionary in dictionaries
+                ),
+                str_tokens=tuple(_str_tokens(model, text)[t] for t in read),
+                counted=tuple(counted.tolist()),
+                not_covered=not_covered,
+            )
+        )
+    return made
+
+
+def _at(
+    stream: Float[Tensor, "all_layers all_pos d_model"], dictionary: Dictionary, read: list[int]
+) -> Float[Tensor, "pos layer d_model"]:
+    return stream[list(dictionary.card.layers)][:, read].transpose(0, 1)
+
+
+def _str_tokens(model: HookedModel, text: Text) -> list[str]:
+    return [str(model.tokenizer.decode([token])) for token in text.tokens]
+
+
+def _signed_sizes(
+    weights: Float[Tensor, "*pos feature layer"], directions: Float[Tensor, "feature layer d_model"]
+) -> Float[Tensor, "*pos feature"]:
+    """|c_i| with the sign of its weights."""
+    sized = weights * directions.norm(dim=-1)
+    signed: Tensor = sized.norm(dim=-1) * sized.sum(dim=-1).sign()
+    return signed

@@ -1,0 +1,207 @@
+"""Rows of (prompt, written tokens, plan) -> residual streams and log-probabilities, without writing
+anything.
+
+The tokens are given, so that an unsteered and a steered pass over one text differ by the steering
+alone. Prompts are padded on the left and what follows on the right, each to a length that depends
+on the row alone, and every pass has the same number of rows: a row's numbers do not depend on the
+others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fusion_lens.activations import at_least_float32, left_padded, padded_length, same_shape
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import SpanError
+from fusion_lens.executors import Executor, executor_of
+from fusion_lens.hooks import Cursor, batch_steering
+from fusion_lens.lean import AtBlock
+from fusion_lens.models import HookedModel, evaluating, identify
+from fusion_lens.plans import Plan
+from fusion_lens.prompts import Prompt
+
+T = TypeVar("T")
+
+_ROWS_OF_STREAMS = 8
+_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt, the tokens that follow it, and the plan that steers both (None: unsteered)."""
+
+    prompt: Prompt
+    written: tuple[int, ...] = ()
+    plan: Plan | None = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens, in order."""
+        return self.prompt.tokens + self.written
+
+    @property
+    def writing(self) -> range:
+        """The positions whose logits write what follows the prompt."""
+        start = len(self.prompt.tokens) - 1
+        return range(start, start + len(self.written))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Streams:
+    """The residual stream of one text at every block, on the CPU, in float32 or the model's wider
+    dtype.
+
+    `entering[l, t]` is the residual that the steering after block `l` is given, in a run that is
+    steered below; `leaving[l, t]` what it makes of it.
+    """
+
+    entering: Float[Tensor, "layer pos d_model"]
+    leaving: Float[Tensor, "layer pos d_model"]
+
+
+def record_streams(
+    model: HookedModel,
+    texts: Sequence[Text],
+    *,
+    executor: str = "auto",
+    log: EngineLog | None = None,
+) -> list[Streams]:
+    """Run every text once and keep all its residuals.
+
+    Raises:
+        PlanError: if a plan belongs to another model.
+    """
+    n_layers = int(model.cfg.n_layers)
+
+    def read(run: Executor, batch: _Batch) -> list[Streams]:
+        entering: dict[int, Tensor] = {}
+        leaving: dict[int, Tensor] = {}
+
+        def at(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
+            steer = batch.steering.get(layer)
+            changed = None if steer is None else steer(resid)
+            entering[layer] = at_least_float32(resid).cpu()
+            leaving[layer] = entering[layer] if changed is None else at_least_float32(changed).cpu()
+            return changed
+
+        with run.at_blocks({layer: partial(at, layer) for layer in range(n_layers)}):
+            run.forward(batch.tokens, batch.mask, last=1)
+
+        def of_row(seen: dict[int, Tensor], row: int) -> Float[Tensor, "layer pos d_model"]:
+            own = batch.places[row]
+            return torch.stack([seen[layer][row, own] for layer in range(n_layers)])
+
+        rows = range(len(batch.places))
+        return [Streams(of_row(entering, row), of_row(leaving, row)) for row in rows]
+
+    return _in_batches(model, texts, read, _ROWS_OF_STREAMS, executor, log)
+
+
+def log_probs(
+    model: HookedModel,
+    texts: Sequence[Text],
+    *,
+    executor: str = "auto",
+    log: EngineLog | None = None,
+) -> list[float]:
+    """log p(written | prompt) of every text under its plan, in nats, summed over its tokens.
+
+    Raises:
+        PlanError: if a plan belongs to another model.
+        SpanError: if a text has nothing written.
+    """
+    for text in texts:
+        if not text.written:
+            raise SpanError(
+                f"there must be tokens after the prompt, but {text.prompt.text!r} has none."
+            )
+
+    def read(run: Executor, batch: _Batch) -> list[float]:
+        with run.at_blocks(batch.steering):
+            logits = run.forward(batch.tokens, batch.mask, last=batch.n_written + 1)[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            at_least_float32(logits).flatten(0, 1),
+            batch.tokens[:, -batch.n_written :].flatten(),
+            reduction="none",
+        ).view(len(batch.tokens), -1)
+        counted = batch.mask[:, -batch.n_written :].bool()
+        totals = torch.where(counted, losses, torch.zeros_like(losses)).double().sum(dim=-1)
+        return [-total for total in totals.tolist()]
+
+    return _in_batches(model, texts, read, _ROWS, executor, log)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Rows of one shape: `n_written` columns after the prompts, `places` where each row's own
+    tokens are."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    n_written: int
+    places: tuple[slice, ...]
+    steering: dict[int, AtBlock]
+
+    @staticmethod
+    def of(rows: Sequence[Text], width: int, n_written: int, device: torch.device) -> _Batch:
+        """Prompts padded on the left to `width`, what follows on the right."""
+        prompts, mask = left_padded([row.prompt.tokens for row in rows], 0, device, width=width)
+        written = torch.zeros((len(rows), n_written), dtype=torch.long)
+        for n, row in enumerate(rows):
+            written[n, : len(row.written)] = torch.tensor(row.written, dtype=torch.long)
+        lengths = torch.tensor([len(row.written) for row in rows])
+        present = (torch.arange(n_written) < lengths[:, None]).long()
+        places = (slice(width - len(row.prompt.tokens), width + len(row.written)) for row in rows)
+        plans, layouts = [row.plan for row in rows], [row.prompt.layout for row in rows]
+        return _Batch(
+            tokens=torch.cat([prompts, written.to(device)], dim=1),
+            mask=torch.cat([mask, present.to(device)], dim=1),
+            n_written=n_written,
+            places=tuple(places),
+            steering=batch_steering(plans, layouts, Cursor(0, width)),
+        )
+
+
+def _in_batches(
+    model: HookedModel,
+    texts: Sequence[Text],
+    read: Callable[[Executor, _Batch], list[T]],
+    n_rows: int,
+    executor: str,
+    log: EngineLog | None,
+) -> list[T]:
+    log = log or EngineLog()
+    identity = identify(model)
+    for text in texts:
+        if text.plan is not None:
+            text.plan.check(identity)
+    run, reason = executor_of(model, executor)
+    log.fell_back(reason)
+    done: dict[int, T] = {}
+
+    def shape(text: Text) -> tuple[int, int]:
+        exact = text.plan is not None and text.plan.needs_sequence  # its mean would count padding
+        multiple = 1 if exact else run.multiple
+        width = padded_length(len(text.prompt.tokens), run.multiple)
+        return width, padded_length(len(text.written), multiple)
+
+    def work(most: int) -> None:
+        left = [i for i in range(len(texts)) if i not in done]
+        shapes = [shape(texts[i]) for i in left]
+        for places in same_shape(shapes, lambda _: most):
+            some = [left[n] for n in places]
+            idle = [some[0]] * (most - len(some))
+            batch = _Batch.of([texts[i] for i in some + idle], *shapes[places[0]], run.device)
+            done.update(zip(some, read(run, batch), strict=False))
+
+    with evaluating(model):
+        log.halving(n_rows, work)
+    return [done[i] for i in range(len(texts))]
