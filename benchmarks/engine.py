@@ -33,8 +33,8 @@ from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.hooks import fwd_hooks
 from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import evaluating
+from fusion_lens.pictures import Figure, write_figures
 from fusion_lens.plans import make_plan, thirds
-from fusion_lens.plots import Figure, write_figures
 from fusion_lens.prompts import question_prompt, reference_prompt
 from fusion_lens.search import Search
 

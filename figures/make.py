@@ -12,7 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from fusion_lens.plots import run_figures, write_figures
+from fusion_lens.pictures import write_figures
+from fusion_lens.plots import run_figures
 from fusion_lens.report import lender_lines, sections, tuned_lines
 from fusion_lens.results import load_results
 

@@ -143,7 +143,8 @@ def run(
     summary."""
     from fusion_lens.atlas import UNRELATED
     from fusion_lens.experiment import run as run_experiment
-    from fusion_lens.plots import run_figures, write_figures
+    from fusion_lens.pictures import write_figures
+    from fusion_lens.plots import run_figures
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.results import write_text

@@ -1,24 +1,14 @@
-"""Plotly figures from the package's values, and figures on disk.
-
-Colours are one per arm, the same in every figure. `write_figures` writes HTML, and PNG where a
-Chromium is found.
-"""
+"""Plotly figures of a run. Colours are one per arm, the same in every figure."""
 
 from __future__ import annotations
 
-import csv
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-import plotly.io
 from plotly.subplots import make_subplots
 
-from fusion_lens.errors import OutputError
+from fusion_lens.pictures import Figure, styled
 from fusion_lens.results import Result, Results
 
 ARM_COLOURS = {
@@ -45,17 +35,6 @@ _REACH = {
     "kl_unrelated": "KL on unrelated text, nats/token",
 }
 _TICKS = [1, 1.5, 2, 3, 5, *(10**power * step for power in range(1, 6) for step in (1, 3))]
-_CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A picture under a file name, with the rows it shows."""
-
-    name: str
-    figure: go.Figure
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
 
 
 def run_figures(results: Results) -> list[Figure]:
@@ -98,7 +77,7 @@ def plot_delta_norms(norms: Mapping[str, Sequence[float]]) -> Figure:
             width=0.35,
             name=f"layer {layer}",
         )
-    _style(figure, f"Delta norm per layer, {len(norms)} questions")
+    styled(figure, f"Delta norm per layer, {len(norms)} questions")
     figure.update_xaxes(title="layer (blocks.l.hook_resid_post)", dtick=max(1, len(layers) // 12))
     figure.update_yaxes(title="‖reference − question‖", rangemode="tozero")
     rows = tuple((q, layer, v) for q, values in norms.items() for layer, v in enumerate(values))
@@ -142,7 +121,7 @@ def _plot_arms(name: str, title: str, arms: Mapping[str, Any], shown: Mapping[st
             )
             rows.append((arm, metric, *(values[key] for key in ("mean", "low", "high", "n"))))
     n = max((content["n"] for content in arms.values()), default=0)
-    _style(figure, f"{title}, n = {n} questions, 95 % cluster bootstrap")
+    styled(figure, f"{title}, n = {n} questions, 95 % cluster bootstrap")
     figure.update_yaxes(categoryorder="array", categoryarray=list(arms)[::-1])
     figure.update_annotations(font_size=14)
     if "perplexity" in shown:
@@ -177,7 +156,7 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
             rows += [
                 (r.question_id, arm, segment, r.coeffs[segment], r.zero_won, r.tied) for r in own
             ]
-    _style(figure, "Chosen coefficient per segment")
+    styled(figure, "Chosen coefficient per segment")
     figure.update_xaxes(title="coefficient")
     figure.update_yaxes(autorange="reversed")
     columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
@@ -190,53 +169,6 @@ def _won_and_tied(content: Mapping[str, Any]) -> str:
     return tied if won is None else f"zero plan won {won:.0%}, {tied}"
 
 
-def write_figures(
-    figures: Sequence[Figure], folder: str | Path, *, html: bool = True, data: bool = False
-) -> str | None:
-    """Write the figures; gives the reason where no PNG could be made.
-
-    HTML files share one `plotly.min.js` beside them, so that they open offline. With `data`, a CSV
-    of the rows shown lies beside each picture.
-
-    Raises:
-        OutputError: if the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for figure in figures:
-            if html:
-                figure.figure.write_html(
-                    folder / f"{figure.name}.html", include_plotlyjs="directory"
-                )
-            if data:
-                _write_rows(figure, folder / f"{figure.name}.csv")
-    except OSError as error:
-        raise OutputError(folder, error.strerror or str(error)) from error
-    if find_spec("kaleido") is None:
-        return "no PNG figures: kaleido is not installed (pip install 'fusion-lens[png]')"
-    if not any(shutil.which(name) for name in _CHROMIUM):
-        return "no PNG figures: no Chromium was found (Debian: apt-get install chromium)"
-    try:
-        plotly.io.write_images(
-            fig=[figure.figure for figure in figures],
-            file=[folder / f"{figure.name}.png" for figure in figures],
-            width=900,
-            height=480,
-            scale=2,
-        )
-    except Exception as error:  # a browser that does not start has many names
-        return f"no PNG figures: the browser failed ({type(error).__name__}: {error})"
-    return None
-
-
-def _write_rows(figure: Figure, path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(figure.columns)
-        writer.writerows(figure.rows)
-
-
 def _error_bars(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def reach(metric: Mapping[str, Any], end: str) -> float:
         return 0.0 if metric[end] is None else abs(metric[end] - metric["mean"])
@@ -246,12 +178,3 @@ def _error_bars(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "array": [reach(metric, "high") for metric in metrics],
         "arrayminus": [reach(metric, "low") for metric in metrics],
     }
-
-
-def _style(figure: go.Figure, title: str) -> None:
-    figure.update_layout(
-        title={"text": title, "x": 0.02},
-        template="plotly_white",
-        font={"family": "sans-serif", "size": 14},
-        margin={"l": 70, "r": 20, "t": 60, "b": 60},
-    )

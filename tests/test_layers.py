@@ -14,7 +14,10 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators"},
-    {"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
+    {
+        *{"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
+        "pictures",
+    },
     {"scores"},
     {"claims"},
     {"golds"},
@@ -34,7 +37,7 @@ LAYERS = (
     {"lenders", "summary", "attribution"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness"},
-    {"experiment", "plots", "report"},
+    {"experiment", "plots", "report", "feature_plots"},
     {"protocols"},
     {"cli_options"},
     {"cli"},
@@ -52,7 +55,7 @@ DOORS = {
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
     "pandas": {"results"},
-    "plotly": {"plots"},
+    "plotly": {"pictures", "plots", "feature_plots"},
     "rich": {"report", "cli"},
     "typer": {"cli", "cli_options"},
     "inspect_ai": {"llm_judge"},

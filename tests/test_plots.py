@@ -1,31 +1,20 @@
 from __future__ import annotations
 
-import csv
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from records import LOVELACE, arm, interval, make_results, summary, tuned
 
-from fusion_lens import plots
-from fusion_lens.errors import OutputError
+from fusion_lens.pictures import Figure
 from fusion_lens.plots import (
     ARM_COLOURS,
-    Figure,
     plot_coeffs,
     plot_delta_norms,
     plot_reach,
     plot_scores,
     run_figures,
-    write_figures,
 )
 from fusion_lens.results import Results, Summary
-
-
-@pytest.fixture
-def no_chromium(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
 
 
 def traces(figure: Figure, kind: str) -> list:
@@ -160,86 +149,3 @@ def test_a_run_has_the_figures_it_has_data_for() -> None:
     )
     untuned = Results((LOVELACE,), Summary(summary(baseline=arm(**nothing)) | {"delta_norms": {}}))
     assert [figure.name for figure in run_figures(untuned)] == ["scores"]
-
-
-@pytest.mark.usefixtures("no_chromium")
-def test_pages_share_one_plotly_and_open_offline(tmp_path: Path) -> None:
-    write_figures(run_figures(make_results()), tmp_path / "a" / "figures")
-    names = sorted(path.name for path in (tmp_path / "a" / "figures").iterdir())
-    assert names == [
-        "coeffs.html",
-        "delta_norms.html",
-        "plotly.min.js",
-        "reach.html",
-        "scores.html",
-    ]
-    page = (tmp_path / "a" / "figures" / "scores.html").read_text(encoding="utf-8")
-    assert 'src="plotly.min.js"' in page
-    assert "cdn.plot.ly" not in page
-    assert len(page) < 100_000
-
-
-@pytest.mark.usefixtures("no_chromium")
-def test_the_rows_shown_lie_beside_each_picture_on_request(tmp_path: Path) -> None:
-    figures = run_figures(make_results())
-    write_figures(figures, tmp_path, html=False, data=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("coeffs.csv", "delta_norms.csv", "reach.csv", "scores.csv")
-    ]
-    for figure in figures:
-        with (tmp_path / f"{figure.name}.csv").open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        assert tuple(header) == figure.columns
-        assert rows == [[str(cell) for cell in row] for row in figure.rows]
-
-
-@pytest.mark.usefixtures("no_chromium")
-def test_without_a_chromium_the_reason_is_given_and_the_pages_are_written(tmp_path: Path) -> None:
-    assert write_figures(run_figures(make_results()), tmp_path) == (
-        "no PNG figures: no Chromium was found (Debian: apt-get install chromium)"
-    )
-    assert (tmp_path / "scores.html").is_file()
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_without_kaleido_the_reason_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    assert write_figures(run_figures(make_results()), tmp_path, html=False) == (
-        "no PNG figures: kaleido is not installed (pip install 'fusion-lens[png]')"
-    )
-
-
-def test_pictures_are_written_where_a_chromium_is_found(tmp_path: Path) -> None:
-    pytest.importorskip("kaleido")
-    if not any(shutil.which(name) for name in plots._CHROMIUM):
-        pytest.skip("no Chromium")
-    figure = plot_scores({"full": arm()})
-    assert write_figures([figure], tmp_path, html=False) is None
-    head = (tmp_path / "scores.png").read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    # 900 x 480 at scale 2
-    assert [int.from_bytes(head[i : i + 4]) for i in (16, 20)] == [1800, 960]
-
-
-def test_a_browser_that_does_not_start_is_a_reason_not_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("kaleido")
-    monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
-    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
-    reason = write_figures(run_figures(make_results()), tmp_path)
-    assert reason is not None
-    assert reason.startswith("no PNG figures: the browser failed (BrowserFailedError: ")
-    assert (tmp_path / "scores.html").is_file()
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    place = tmp_path / "file" / "figures"
-    with pytest.raises(OutputError) as caught:
-        write_figures(run_figures(make_results()), place)
-    assert str(caught.value) == (
-        f"{place} must be writable, but got: Not a directory; choose another place."
-    )

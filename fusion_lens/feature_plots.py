@@ -1,0 +1,236 @@
+"""Plotly figures of attributions: which features, at which layer, at which token, and whether they
+do the work.
+
+Blue is more of a feature, vermilion less, grey what is in no feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from fusion_lens.attribution import Attribution, FeatureEffect
+from fusion_lens.faithfulness import Faithfulness
+from fusion_lens.pictures import Figure, styled
+from fusion_lens.statistics import Interval
+
+Labels = Mapping[str, Mapping[int, str]]
+"""Label by dictionary's name and feature."""
+
+_MORE, _LESS, _REST = "#0072b2", "#d55e00", "#8c8c8c"
+_DIVERGING = [[0.0, _LESS], [0.5, "#ffffff"], [1.0, _MORE]]
+_LONGEST = 44
+
+
+def plot_top_features(found: Attribution, k: int = 15, labels: Labels | None = None) -> Figure:
+    """The `k` features of the largest effects as signed bars, in residual units, and below them the
+    norm of the error, which no feature explains."""
+    top = found.top(k, labels)
+    names = [feature_name(each) for each in top]
+    error = sum(float(each.error.norm()) ** 2 for each in found.effects) ** 0.5
+    sizes = [each.effect for each in top]
+    figure = go.Figure()
+    figure.add_bar(
+        x=[*sizes, error],
+        y=[*names, "error (in no feature)"],
+        orientation="h",
+        marker_color=[*(_MORE if size > 0 else _LESS for size in sizes), _REST],
+        customdata=[*(each.share for each in top), None],
+        hovertemplate="%{y}<br>effect %{x:.3f}<br>share %{customdata:.1%}<extra></extra>",
+    )
+    styled(
+        figure,
+        f"Features of the {found.effects[0].kind} change, effect in residual units<br>"
+        f"<sub>{_kept(found)}</sub>",
+    )
+    figure.update_xaxes(title="signed effect, |w d|")
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    columns = ("dictionary", "layer", "feature", "label", "effect", "share")
+    rows = tuple(tuple(getattr(each, name) for name in columns) for each in top)
+    return Figure("top_features", figure, columns, rows, height=160 + 26 * (len(top) + 1))
+
+
+def plot_layer_features(found: Attribution, k: int = 12, labels: Labels | None = None) -> Figure:
+    """Layer against feature: of a crosscoder the `k` features of the largest effects, each with its
+    part in every layer; of SAEs the `k` largest of each layer, by rank."""
+    cells = (
+        _crosscoder_cells(found, k, labels)
+        if any(len(each.card.layers) > 1 for each in found.effects)
+        else _ranked_cells(found, k, labels)
+    )
+    columns = list(dict.fromkeys(column for _, column, _, _ in cells))
+    layers = sorted({layer for layer, *_ in cells})
+    grid: dict[tuple[int, str], tuple[float, str]] = {
+        (layer, column): (effect, name) for layer, column, effect, name in cells
+    }
+    values = [[grid.get((layer, column), (None, ""))[0] for column in columns] for layer in layers]
+    names = [[grid.get((layer, column), (None, ""))[1] for column in columns] for layer in layers]
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=columns,
+        y=[f"layer {layer}" for layer in layers],
+        z=values,
+        customdata=names,
+        hovertemplate="%{y}<br>%{customdata}<br>effect %{z:.3f}<extra></extra>",
+        **_centred(values),
+    )
+    styled(figure, f"Features by layer<br><sub>{_kept(found)}</sub>")
+    figure.update_xaxes(automargin=True, type="category")
+    figure.update_layout(margin_b=140)
+    rows = tuple((layer, name, effect) for layer, _, effect, name in cells)
+    return Figure(
+        "layer_features",
+        figure,
+        ("layer", "feature", "effect"),
+        rows,
+        height=300 + 40 * len(layers),
+    )
+
+
+def plot_token_features(found: Attribution, k: int = 12, labels: Labels | None = None) -> Figure:
+    """Token against feature: the effects of the `k` largest features at every token, in residual
+    units; tokens that no mean counts are in brackets."""
+    top = found.top(k, labels)
+    by_name = {effects.card.name: effects for effects in found.effects}
+    values = []
+    for each in top:
+        effects = by_name[each.dictionary]
+        place = effects.place(each.feature)
+        assert place is not None
+        values.append(effects.token_effects[:, place].tolist())
+    tokens = [
+        shown if counted else f"({shown})"
+        for shown, counted in zip(map(visible, found.str_tokens), found.counted, strict=True)
+    ]
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=list(range(len(tokens))),
+        y=[feature_name(each) for each in top],
+        z=values,
+        text=[tokens] * len(top),
+        hovertemplate="%{y}<br>token %{text}<br>effect %{z:.3f}<extra></extra>",
+        **_centred(values),
+    )
+    styled(figure, f"Features by token<br><sub>{_kept(found)}</sub>")
+    figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=tokens, tickangle=-60)
+    figure.update_xaxes(tickfont_size=11)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    rows = tuple(
+        (each.dictionary, each.feature, t, found.str_tokens[t], value)
+        for each, own in zip(top, values, strict=True)
+        for t, value in enumerate(own)
+    )
+    columns = ("dictionary", "feature", "position", "token", "effect")
+    return Figure("token_features", figure, columns, rows, height=240 + 26 * len(top))
+
+
+def plot_faithfulness(measured: Faithfulness, place: str = "question") -> Figure:
+    """Nats of the gold answer's log-probability above the unsteered model's against k: the top
+    features, random ones at the same norm, and the plan's other parts as lines; 95 % intervals."""
+    ks = sorted({gain.k for gain in measured.gains} - {0})
+    figure = go.Figure()
+    rows: list[tuple[Any, ...]] = []
+    curves = (("top", "the k largest features", _MORE), ("random", "k random, same norm", _LESS))
+    for part, title, colour in curves:
+        intervals = [measured.interval(part, k, place) for k in ks]
+        figure.add_scatter(
+            x=ks,
+            y=[interval.mean for interval in intervals],
+            mode="lines+markers",
+            marker_color=colour,
+            name=title,
+            error_y={
+                "type": "data",
+                "array": [_reach(interval, interval.high) for interval in intervals],
+                "arrayminus": [_reach(interval, interval.low) for interval in intervals],
+            },
+        )
+        rows += [
+            (part, k, own.mean, own.low, own.high, own.n)
+            for k, own in zip(ks, intervals, strict=True)
+        ]
+    for part, dash in (("full", "solid"), ("without error", "dash"), ("error", "dot")):
+        own = measured.interval(part, place=place)
+        if own.mean is None:
+            continue
+        figure.add_scatter(
+            x=[ks[0], ks[-1]],
+            y=[own.mean] * 2,
+            mode="lines",
+            line={"color": _REST, "dash": dash},
+            name={"full": "the whole plan", "error": "its error alone"}.get(part, part),
+        )
+        rows.append((part, 0, own.mean, own.low, own.high, own.n))
+    n = measured.interval("full", place=place).n
+    styled(figure, f"Log-probability of the gold answer after the {place}, n = {n}")
+    figure.update_xaxes(title="k, features per dictionary", type="log", tickvals=ks, ticktext=ks)
+    figure.update_yaxes(title="nats above unsteered", rangemode="tozero")
+    columns = ("part", "k", "mean", "low", "high", "n")
+    return Figure(f"faithfulness_{place}", figure, columns, tuple(rows))
+
+
+def feature_name(each: FeatureEffect) -> str:
+    """As in figures and tables: layer, number and label."""
+    head = f"#{each.feature}" if each.layer is None else f"L{each.layer} #{each.feature}"
+    label = each.label if len(each.label) <= _LONGEST else each.label[: _LONGEST - 1] + "…"
+    return f"{head} {label}".rstrip()
+
+
+def visible(token: str) -> str:
+    """A token as a tick label: white space is shown, and nothing is HTML."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    return shown.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _kept(found: Attribution) -> str:
+    """How much of the change is explained, and what is not covered."""
+    text = f"relative error {found.relative_error:.2f}, cosine {found.cosine:.2f}; "
+    text += f"means over {sum(found.counted)} tokens"
+    if found.not_covered:
+        text += f"; layers without a dictionary: {', '.join(map(str, found.not_covered))}"
+    return text
+
+
+def _crosscoder_cells(
+    found: Attribution, k: int, labels: Labels | None
+) -> list[tuple[int, str, float, str]]:
+    by_name = {effects.card.name: effects for effects in found.effects}
+    cells = []
+    for each in found.top(k, labels):
+        effects = by_name[each.dictionary]
+        place = effects.place(each.feature)
+        assert place is not None
+        sizes = effects.weights[place] * effects.directions[place].norm(dim=-1)
+        name = feature_name(each)
+        cells += [
+            (layer, name, size, name)
+            for layer, size in zip(effects.card.layers, sizes.tolist(), strict=True)
+        ]
+    return cells
+
+
+def _ranked_cells(
+    found: Attribution, k: int, labels: Labels | None
+) -> list[tuple[int, str, float, str]]:
+    return [
+        (effects.card.layers[0], f"#{rank}", each.effect, feature_name(each))
+        for effects in found.effects
+        for rank, each in enumerate(effects.top(k, (labels or {}).get(effects.card.name)), start=1)
+    ]
+
+
+def _centred(values: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    """A colour scale whose white is 0."""
+    most = max((abs(value) for row in values for value in row if value is not None), default=1.0)
+    return {
+        "colorscale": _DIVERGING,
+        "zmin": -most,
+        "zmax": most,
+        "colorbar": {"title": "effect"},
+    }
+
+
+def _reach(interval: Interval, end: float | None) -> float:
+    return 0.0 if end is None or interval.mean is None else abs(end - interval.mean)
