@@ -19,8 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from fusion_lens.attribution import Attribution, FeatureEffect, attribute
 from fusion_lens.dictionaries import Dictionary
 from fusion_lens.engine_log import EngineLog
@@ -250,14 +248,15 @@ def _parts(
         rng = random.Random(seed_of(seed, case.question_id, k))
         for _ in range(draws):
             drawn = contribution_of(case.plan, found, list(_drawn(found, k, rng)))
-            norm = drawn.norm().clamp(min=torch.finfo(drawn.dtype).tiny)
-            yield _Variant("random", k, with_shift(case.plan, drawn * (vectors.norm() / norm)))
+            if drawn.any():
+                drawn = drawn * (vectors.norm() / drawn.norm())
+            yield _Variant("random", k, with_shift(case.plan, drawn))
 
 
 def _drawn(found: Attribution, k: int, rng: random.Random) -> Iterator[FeatureEffect]:
     for effects in found.effects:
-        for feature in rng.sample(effects.features, min(k, len(effects.features))):
-            yield FeatureEffect(effects.card.name, None, feature, 0.0, None)
+        active = [each for each in effects.top() if each.effect]
+        yield from rng.sample(active, min(k, len(active)))
 
 
 def _removals(case: Case, found: Attribution) -> Iterator[_Variant]:

@@ -40,11 +40,8 @@ def plot_top_features(found: Attribution, k: int = 15, labels: Labels | None = N
         customdata=[*(each.share for each in top), None],
         hovertemplate="%{y}<br>effect %{x:.3f}<br>share %{customdata:.1%}<extra></extra>",
     )
-    styled(
-        figure,
-        f"Features of the {found.effects[0].kind} change, effect in residual units<br>"
-        f"<sub>{_kept(found)}</sub>",
-    )
+    kind = found.effects[0].kind
+    _titled(figure, f"Features of the {kind} change, effect in residual units", found)
     figure.update_xaxes(title="signed effect, |w d|")
     figure.update_yaxes(autorange="reversed", automargin=True)
     columns = ("dictionary", "layer", "feature", "label", "effect", "share")
@@ -76,9 +73,13 @@ def plot_layer_features(found: Attribution, k: int = 12, labels: Labels | None =
         hovertemplate="%{y}<br>%{customdata}<br>effect %{z:.3f}<extra></extra>",
         **_centred(values),
     )
-    styled(figure, f"Features by layer<br><sub>{_kept(found)}</sub>")
+    if columns and columns[0].startswith("rank"):
+        figure.update_traces(
+            text=[[name.split(" ")[1] if name else "" for name in row] for row in names],
+            texttemplate="%{text}",
+        )
+    _titled(figure, "Features by layer", found)
     figure.update_xaxes(automargin=True, type="category")
-    figure.update_layout(margin_b=140)
     rows = tuple((layer, name, effect) for layer, _, effect, name in cells)
     return Figure(
         "layer_features",
@@ -113,7 +114,7 @@ def plot_token_features(found: Attribution, k: int = 12, labels: Labels | None =
         hovertemplate="%{y}<br>token %{text}<br>effect %{z:.3f}<extra></extra>",
         **_centred(values),
     )
-    styled(figure, f"Features by token<br><sub>{_kept(found)}</sub>")
+    _titled(figure, "Features by token", found)
     figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=tokens, tickangle=-60)
     figure.update_xaxes(tickfont_size=11)
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -184,13 +185,14 @@ def visible(token: str) -> str:
     return shown.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def _kept(found: Attribution) -> str:
-    """How much of the change is explained, and what is not covered."""
+def _titled(figure: go.Figure, title: str, found: Attribution) -> None:
+    """With how much of the change is explained, and what is not covered, below the title."""
     text = f"relative error {found.relative_error:.2f}, cosine {found.cosine:.2f}; "
     text += f"means over {sum(found.counted)} tokens"
     if found.not_covered:
         text += f"; layers without a dictionary: {', '.join(map(str, found.not_covered))}"
-    return text
+    styled(figure, f"{title}<br><sub>{text}</sub>")
+    figure.update_layout(margin_t=100)
 
 
 def _crosscoder_cells(
@@ -215,7 +217,7 @@ def _ranked_cells(
     found: Attribution, k: int, labels: Labels | None
 ) -> list[tuple[int, str, float, str]]:
     return [
-        (effects.card.layers[0], f"#{rank}", each.effect, feature_name(each))
+        (effects.card.layers[0], f"rank {rank}", each.effect, feature_name(each))
         for effects in found.effects
         for rank, each in enumerate(effects.top(k, (labels or {}).get(effects.card.name)), start=1)
     ]
