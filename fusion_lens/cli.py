@@ -7,6 +7,7 @@ packages are imported inside the commands, so that `--help` is quick.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fusion_lens.preparation import Progress
     from fusion_lens.protocols import Protocol
     from fusion_lens.questions import Question
+    from fusion_lens.teacher_forcing import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -360,6 +362,90 @@ def generate(
 
 
 @app.command()
+@with_settings
+def features(
+    question_id: Annotated[
+        str | None, typer.Option(help="Tune this question of the file, then take its plan apart.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan that tune or run saved, instead of a search.")
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help="With --plan: its question. A plan inside a run's folder knows it."),
+    ] = None,
+    dictionary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="atlas-sae, atlas-crosscoder, RELEASE/ID of sae-lens, or a folder; may be "
+            "repeated. [default: atlas-sae]"
+        ),
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="injected: what the plan adds at each layer; total: steered minus unsteered."
+        ),
+    ] = "injected",
+    top: Annotated[int, typer.Option(help="Features to show.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for figures; none without it.")] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="JSONL or CSV file; without it Atlas' own questions.")
+    ] = None,
+    model: ModelOption = None,
+    segments: SegmentsOption = "thirds",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    load_in_8bit: EightBitOption = False,
+    *,
+    settings: Any,
+) -> int:
+    """Which sparse features a plan moves, on the text it writes; the error beside them."""
+    from rich.console import Console
+
+    from fusion_lens.attribution import attribute
+    from fusion_lens.feature_plots import (
+        plot_layer_features,
+        plot_token_features,
+        plot_top_features,
+    )
+    from fusion_lens.feature_report import feature_table, left_out_lines
+    from fusion_lens.pictures import write_figures
+    from fusion_lens.shelves import open_dictionaries
+
+    if (question_id is None) == (plan is None):
+        raise ConfigError("features needs either --question-id or --plan, and not both.")
+    if dictionary is None and model is not None:
+        raise ConfigError("a model other than Atlas needs --dictionary.")
+    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
+    shelved = open_dictionaries(dictionary or ["atlas-sae"], opened)
+    tuning = settings.experiment.tuning
+    if plan is not None:
+        text = _steered_text(opened, plan, question, tuning)
+    else:
+        assert question_id is not None
+        text = _tuned_text_of(opened, question_id, questions, model, segments, settings, device)
+    (found,) = attribute(opened, [each.dictionary for each in shelved], [text], kind=kind)
+    labels = {each.dictionary.card.name: each.texts for each in shelved}
+    if as_json:
+        print(json.dumps(found.to_dict(top, labels), ensure_ascii=False))
+    else:
+        print(f"{text.prompt.text!r} -> {_written(opened, text)!r}")
+        Console().print(feature_table(found, top, labels).to_table())
+        for line in left_out_lines(found):
+            print(line)
+    if out is not None:
+        plots = (plot_top_features, plot_layer_features, plot_token_features)
+        missing = write_figures([plot(found, labels=labels) for plot in plots], out)
+        if missing is not None:
+            print(missing, file=sys.stderr)
+        if not as_json:
+            print(f"figures written to {out}")
+    return 0
+
+
+@app.command()
 def questions(
     atlas: Annotated[int, typer.Option("--atlas", help="How many questions to make.")],
     seed: Annotated[int, typer.Option(help="Another seed draws other people of the world.")] = 1,
@@ -509,6 +595,69 @@ def _progress() -> Iterator[Progress]:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def _steered_text(model: HookedModel, file: Path, question: str | None, tuning: Any) -> Text:
+    """What a saved plan writes after its question."""
+    from fusion_lens.generation import Row
+    from fusion_lens.generation import generate as generate_rows
+    from fusion_lens.plan_files import load_plan
+    from fusion_lens.prompts import question_prompt
+    from fusion_lens.results import load_results, plan_path
+    from fusion_lens.teacher_forcing import Text
+
+    loaded = load_plan(file)
+    folder = file.resolve().parent.parent
+    if question is None and (folder / "summary.json").is_file():
+        records = load_results(folder).records
+        own = [r for r in records if plan_path(folder, r.question_id, r.arm) == file.resolve()]
+        question = own[0].question if own else None
+    if question is None:
+        raise ConfigError(
+            f"a plan outside a run's folder needs its question, but {file} is in none; "
+            "give --question."
+        )
+    prompt = question_prompt(model, question, tuning.template)
+    written = generate_rows(model, [Row(prompt, loaded)], tuning.generation)[0]
+    return Text(prompt, written.tokens, loaded)
+
+
+def _tuned_text_of(
+    model: HookedModel,
+    question_id: str,
+    file: str | None,
+    named: str | None,
+    segments: str,
+    settings: Protocol,
+    device: str | None,
+) -> Text:
+    """What a question's plan writes, found by a search."""
+    from fusion_lens.questions import select_questions
+    from fusion_lens.teacher_forcing import Text
+    from fusion_lens.tuning import tune as tune_question
+
+    (asked,) = select_questions(_questions(file, named), ids=(question_id,))
+    with _progress() as progress:
+        tuned = tune_question(
+            model,
+            asked,
+            segments=_segments(segments),
+            config=settings.experiment.tuning,
+            fluency=_fluency(settings, device),
+            progress=progress,
+        )
+    if not tuned.plan.injected_norm:
+        raise ConfigError(
+            f"a plan must inject something to be taken apart, but no trial beat the zero plan for "
+            f"{question_id!r}; try more --trials or another question."
+        )
+    return Text(tuned.job.prepared.prompt, tuned.best.completion.tokens, tuned.plan)
+
+
+def _written(model: HookedModel, text: Text) -> str:
+    from fusion_lens.models import decode
+
+    return decode(model, text.written)
 
 
 def _tuned_text(tuned: Any) -> str:

@@ -38,14 +38,14 @@ LAYERS = (
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness"},
     {"experiment", "plots", "report", "feature_plots"},
-    {"protocols"},
+    {"protocols", "feature_report", "shelves"},
     {"cli_options"},
     {"cli"},
 )
 LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
 
 # the package that made the bundled model: who may import what of it, and what it may import
-ATLAS_USERS = {"models": {"atlas"}, "cli": {"atlas", "atlas.questions"}}
+ATLAS_USERS = {"shelves": {"atlas"}, "models": {"atlas"}, "cli": {"atlas", "atlas.questions"}}
 ATLAS_KNOWS = {"errors", "scores", "questions"}
 
 # one door each

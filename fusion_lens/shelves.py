@@ -1,0 +1,103 @@
+"""What a user calls a dictionary -> dictionaries that fit a model, with what their features are
+called.
+
+`atlas-sae` (one for every layer) and `atlas-crosscoder` are shipped; else a folder that sae-lens
+or `save_crosscoder` wrote, or RELEASE/ID as sae-lens names it. Labels lie beside a dictionary as
+`labels.json`; those of published SAEs are Neuronpedia's, where it can be asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_lens.atlas import DICTIONARIES
+from fusion_lens.crosscoder_files import WEIGHTS as CROSSCODER_WEIGHTS
+from fusion_lens.crosscoder_files import load_crosscoder
+from fusion_lens.dictionaries import Dictionary, fit_to_model
+from fusion_lens.errors import InputFileError
+from fusion_lens.models import HookedModel
+from fusion_lens.saes import load_sae
+
+SHIPPED = {"atlas-sae": "sae_layer_*", "atlas-crosscoder": "crosscoder"}
+LABELS = "labels.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a feature is called; `kind` says what sort of thing that is, `precise` whether it holds
+    on text it was not found on."""
+
+    text: str
+    kind: str
+    precise: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shelved:
+    """A dictionary that fits the model, and the labels of its features where there are any."""
+
+    dictionary: Dictionary
+    labels: Mapping[int, Label]
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """Labels as they are shown: one that does not hold elsewhere ends in "?"."""
+        return {
+            feature: label.text if label.precise else f"{label.text}?"
+            for feature, label in self.labels.items()
+        }
+
+
+def open_dictionaries(names: Sequence[str], model: HookedModel) -> list[Shelved]:
+    """The dictionaries of these names, made to read this model's residuals.
+
+    Raises:
+        InputFileError: if a file is missing or damaged.
+        DictionaryError: if one is no dictionary of a residual stream, or does not fit the model.
+        MissingExtraError: if sae-lens is needed and not installed.
+    """
+    shelved = []
+    for name in names:
+        if name in SHIPPED:
+            folders = sorted(DICTIONARIES.glob(SHIPPED[name]))
+            shelved += [_opened(folder, model) for folder in folders]
+        elif Path(name).exists():
+            shelved.append(_opened(Path(name), model))
+        else:
+            shelved.append(Shelved(fit_to_model(load_sae(name), model), {}))
+    return shelved
+
+
+def read_labels(folder: Path) -> dict[int, Label]:
+    """The labels that lie beside a dictionary; none where there is no such file.
+
+    Raises:
+        InputFileError: if the file is malformed.
+    """
+    path = folder / LABELS
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            feature: Label(row["label"], row["kind"], row["precise"])
+            for feature, row in enumerate(_rows(content))
+            if row["label"] is not None
+        }
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise InputFileError(path, f"must hold labels of features: {error!r}") from error
+
+
+def _rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    columns = content["columns"]
+    return [dict(zip(columns, row, strict=True)) for row in content["rows"]]
+
+
+def _opened(folder: Path, model: HookedModel) -> Shelved:
+    crosscoder = (folder / CROSSCODER_WEIGHTS).is_file() or folder.is_file()
+    dictionary: Dictionary = load_crosscoder(folder) if crosscoder else load_sae(folder)
+    return Shelved(fit_to_model(dictionary, model), read_labels(folder))
