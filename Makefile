@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types figures atlas-probes bench bench-long clean
+.PHONY: run test lint types figures atlas-probes bench bench-long bench-features clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
@@ -31,6 +31,9 @@ bench: $(STAMP)
 
 bench-long: $(STAMP)
 	$(BIN)/python benchmarks/long.py
+
+bench-features: $(STAMP)
+	$(BIN)/python benchmarks/features.py
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

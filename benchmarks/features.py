@@ -1,0 +1,201 @@
+"""What are tuned plans made of, and do those parts do the work? On Atlas' test questions.
+
+Run: `make bench-features` (`python benchmarks/features.py [N [FOLDER]]`); it writes `features.json`
+and figures, and prints Markdown. Every question is tuned (segmented, the defaults of `run`), its
+plan taken apart by the shipped SAEs and by the crosscoder, and
+
+- *named*: does one of the ten largest features have a precise label that names a word of the gold
+  answer? Against the same share for the delta of another question (the `mismatched` control's),
+  injected with the same coefficients into the same text and compared with the same gold answer.
+- *faithful*: how much of the plan's effect on the gold answer's log-probability the largest
+  features have, against random ones of equal norm (`fusion_lens.faithfulness`).
+
+Questions whose search ends with the zero plan have nothing to take apart; they are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fusion_lens import TuningConfig, load_model, load_questions, select_questions
+from fusion_lens.atlas import QUESTIONS
+from fusion_lens.attribution import Attribution, attribute
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.faithfulness import Case, Faithfulness, faithfulness
+from fusion_lens.feature_plots import plot_faithfulness
+from fusion_lens.lenders import Lenders
+from fusion_lens.models import HookedModel
+from fusion_lens.pictures import write_figures
+from fusion_lens.plans import make_plan, thirds
+from fusion_lens.preparation import with_engine_shape
+from fusion_lens.scores import words
+from fusion_lens.shelves import Label, Shelved, open_dictionaries
+from fusion_lens.statistics import compare
+from fusion_lens.teacher_forcing import Text
+from fusion_lens.tuning import Job, TunedPlan, tune_jobs
+
+FOLDER = Path(__file__).parent
+TOP = 10
+SHELVES = ("atlas-sae", "atlas-crosscoder")
+
+
+def tuned_plans(
+    model: HookedModel, lenders: Lenders, names: Sequence[str], config: TuningConfig
+) -> list[TunedPlan]:
+    """The segmented plan of every question."""
+    segments = thirds(int(model.cfg.n_layers))
+    jobs = [Job(lenders.prepared[name], segments, "segmented") for name in names]
+    return tune_jobs(model, jobs, config)[0]
+
+
+def names_gold(label: Label, answer: str) -> bool:
+    """Whether a precise label of an entity names a word of the answer: its last word is one of
+    them ("month March", "place lead Upper")."""
+    return label.precise and label.kind == "entity" and label.text.split()[-1] in answer.split()
+
+
+def tells_gold(label: Label, answer: str) -> bool:
+    """Whether a precise label of any kind, a mere token among them, spells a word of the answer or
+    a part of one."""
+    told = [word for word in words(label.text) if len(word) > 1 or word.isdigit()]
+    return label.precise and any(word in told for word in words(answer))
+
+
+def is_named(found: Attribution, shelved: Sequence[Shelved], answer: str, rule: Any) -> bool:
+    """Whether the rule holds for one of the ten largest features of any of the dictionaries."""
+    labels = {each.dictionary.card.name: each.labels for each in shelved}
+    top = (each for effects in found.effects for each in effects.top(TOP))
+    return any(
+        each.feature in labels[each.dictionary]
+        and rule(labels[each.dictionary][each.feature], answer)
+        for each in top
+    )
+
+
+def named_shares(
+    model: HookedModel,
+    shelved: Sequence[Shelved],
+    plans: Sequence[TunedPlan],
+    lenders: Lenders,
+) -> dict[str, Any]:
+    """Own against mismatched delta, by both rules."""
+    dictionaries = [each.dictionary for each in shelved]
+    own, lent = [], []
+    for tuned in plans:
+        item, step = tuned.job.prepared, tuned.plan.steps[0]
+        donated = lenders.lend("mismatched", item)
+        assert donated is not None
+        mismatched = make_plan(donated, step.coeffs, step.segments)
+        text = Text(item.prompt, tuned.best.completion.tokens, tuned.plan)
+        own.append(text)
+        lent.append(replace(text, plan=mismatched))
+    found = [attribute(model, dictionaries, texts) for texts in (own, lent)]
+    made = {}
+    for name, rule in (("entity", names_gold), ("any word", tells_gold)):
+        hits = [
+            [
+                float(is_named(each, shelved, tuned.job.prepared.question.answer, rule))
+                for each, tuned in zip(side, plans, strict=True)
+            ]
+            for side in found
+        ]
+        subjects = [tuned.job.prepared.question.subject or "" for tuned in plans]
+        comparison = compare(
+            *hits,
+            subjects,
+            names=("own", "mismatched"),
+            metric=name,
+            share=True,
+            binary=True,
+        )
+        shares = [sum(side) / len(side) for side in hits]
+        made[name] = {
+            "own": shares[0],
+            "mismatched": shares[1],
+            "comparison": asdict(comparison),
+        }
+    return made
+
+
+def described(found: Sequence[Attribution]) -> dict[str, float]:
+    """Medians over questions of how much of a change is explained."""
+    middle = len(found) // 2
+    return {
+        "relative_error": sorted(each.relative_error for each in found)[middle],
+        "cosine": sorted(each.cosine for each in found)[middle],
+        "largest_gap": max(effects.gap for each in found for effects in each.effects),
+    }
+
+
+def markdown(name: str, result: dict[str, Any], measured: Faithfulness) -> str:
+    """The curve after the question, as a table."""
+    lines = [
+        f"**{name}**, n = {result['n']}",
+        "",
+        "| part | nats | of the plan's effect | above random |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for part in ("full", "without error", "error"):
+        nats, ratio = measured.interval(part), measured.ratio(part)
+        lines.append(f"| {part} | {_shown(nats)} | {_shown(ratio, '{:.0%}')} | |")
+    for k in sorted({gain.k for gain in measured.gains} - {0}):
+        nats, ratio = measured.interval("top", k), measured.ratio("top", k)
+        margin = measured.margin(k)
+        lines.append(f"| top {k} | {_shown(nats)} | {_shown(ratio, '{:.0%}')} | {_shown(margin)} |")
+    return "\n".join(lines)
+
+
+def _shown(interval: Any, form: str = "{:+.2f}") -> str:
+    values = [form.format(value) for value in (interval.mean, interval.low, interval.high)]
+    return f"{values[0]} [{values[1]}, {values[2]}]"
+
+
+def main() -> None:
+    """Tune, take apart, measure, write."""
+    limit = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    out = Path(sys.argv[2]) if len(sys.argv) > 2 else FOLDER
+    began = time.perf_counter()
+    model = load_model()
+    available = load_questions(QUESTIONS)
+    split = select_questions(available, split="test")
+    asked = split[:limit]
+    config = with_engine_shape(model, available, TuningConfig(), n_rows=5 * len(asked))
+    result: dict[str, Any] = {"questions": len(asked), "top": TOP}
+    with Lenders(model, config) as lenders:
+        lenders.gather(asked, split, block_size=64, log=EngineLog())
+        tuned = tuned_plans(model, lenders, [question.id for question in asked], config)
+        plans = [each for each in tuned if each.plan.injected_norm]
+        result["zero_plans"] = len(tuned) - len(plans)
+        cases = [case for each in plans if (case := Case.of(model, each, config)) is not None]
+        for name in SHELVES:
+            shelved = open_dictionaries([name], model)
+            dictionaries = [each.dictionary for each in shelved]
+            texts = [
+                Text(each.job.prepared.prompt, each.best.completion.tokens, each.plan)
+                for each in plans
+            ]
+            measured = faithfulness(model, dictionaries, cases)
+            result[name] = {
+                "n": len(cases),
+                **described(attribute(model, dictionaries, texts)),
+                "named": named_shares(model, shelved, plans, lenders),
+                "faithfulness": measured.to_dict(),
+            }
+            print(markdown(name, result[name], measured))
+            for rule, own in result[name]["named"].items():
+                print(f"\n{rule}: {own['own']:.1%} own, {own['mismatched']:.1%} mismatched")
+            print(f"\nrank correlation {_shown(measured.correlation)}\n", flush=True)
+            figure = replace(plot_faithfulness(measured), name=f"features_{name}")
+            write_figures([figure], out, html=False)
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    (out / "features.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
