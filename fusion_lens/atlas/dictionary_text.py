@@ -1,7 +1,8 @@
 """The world's people in two sides, and each side's documents, to train and to judge dictionaries.
 
-A dictionary is trained on text of one side's people and judged on text of the other's, who never
-occur in its training, neither as the subject nor as the value of a fact:
+A dictionary is trained on text about one side's people and judged on text about the other's, who
+are neither the subject nor the value of a fact of its training. (What Atlas itself completes may
+name anybody as a teacher; docs/atlas_dictionaries.md has the counts.)
 
 - `known`: the first 48 of 64 train, the last 16 are held out. Atlas learned the facts of all 64.
 - `unseen`: even places train, odd places are held out, the same parting that the shipped questions
