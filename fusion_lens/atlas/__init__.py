@@ -15,3 +15,6 @@ QUESTIONS: Path = Path(__file__).parent / "questions.jsonl"
 
 UNRELATED: Path = Path(__file__).parent / "unrelated.txt"
 """Shipped text that has nothing to do with the questions."""
+
+DICTIONARIES: Path = Path(__file__).parent / "dictionaries"
+"""Shipped SAEs of every layer and a crosscoder over all, one folder each."""
