@@ -1,4 +1,5 @@
-"""Replies of a judge model by the SHA-256 of what was asked: a JSONL file, or memory alone."""
+"""Replies of a judge model, or of a site, by a key of what was asked: a JSONL file, or memory
+alone."""
 
 from __future__ import annotations
 
@@ -59,4 +60,4 @@ def _cached(path: Path, number: int, line: bytes) -> dict[str, str]:
     match record:
         case {"key": str(key), "reply": str(reply)}:
             return {key: reply}
-    raise InputFileError(path, "must be a line of a judge's cache; name another file", number)
+    raise InputFileError(path, "must be a line of a cache of replies; name another file", number)

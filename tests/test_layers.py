@@ -23,7 +23,7 @@ LAYERS = (
     {"golds"},
     {"questions", "models", "llama", "judges"},
     {"prompts", "lean", "engine_log", "judge_prompts", "dictionaries"},
-    {"llm_judge", "sae_configs", "crosscoders"},
+    {"llm_judge", "sae_configs", "crosscoders", "sparse_coding", "feature_labels"},
     {"executors", "sae_files", "crosscoder_files"},
     {"activations", "saes"},
     {"deltas"},
@@ -76,6 +76,7 @@ DOORS = {
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
     "huggingface_hub": {"hub"},
+    "neuronpedia": {"feature_labels"},
 }
 
 

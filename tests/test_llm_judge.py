@@ -305,7 +305,7 @@ def test_a_file_of_another_kind_is_no_cache_and_is_left_as_it_was(
     cache = tmp_path / "results.jsonl"
     good = json.dumps({"key": "0" * 64, "reply": "CORRECT"})
     cache.write_text(f"{good}\n{line}\n", "utf-8")
-    with pytest.raises(InputFileError, match=r"results.jsonl, line 2: must be a line of a judge's"):
+    with pytest.raises(InputFileError, match=r"results.jsonl, line 2: must be a line of a cache"):
         LLMJudge(MODEL, cache=cache)
     assert cache.read_text("utf-8") == f"{good}\n{line}\n"
 
