@@ -29,6 +29,7 @@ from torch import Tensor
 from fusion_lens.dictionaries import Card, Dictionary
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import DictionaryError, one_of
+from fusion_lens.feature_labels import dashboard_url
 from fusion_lens.models import HookedModel
 from fusion_lens.teacher_forcing import Text, record_streams
 
@@ -43,7 +44,7 @@ class FeatureEffect:
 
     `effect` is its signed size in residual units, `share` the part of the change's squared norm
     that it accounts for, `<c_i, delta> / |delta|^2`; None of a change that is 0. `layer` is None
-    for a dictionary of several layers.
+    for a dictionary of several layers, whose parts of the effect are `per_layer`.
     """
 
     dictionary: str
@@ -52,6 +53,7 @@ class FeatureEffect:
     effect: float
     share: float | None
     label: str = ""
+    per_layer: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,15 +130,17 @@ class Effects:
         """The `k` features of the largest effects, either sign, with labels by feature."""
         effects, shares = self.effects, self.shares
         order = sorted(range(len(self.features)), key=lambda i: (-abs(float(effects[i])), i))
-        layer = self.card.layers[0] if len(self.card.layers) == 1 else None
+        one = len(self.card.layers) == 1
+        sizes = self.weights * self.directions.norm(dim=-1)
         return [
             FeatureEffect(
                 self.card.name,
-                layer,
+                self.card.layers[0] if one else None,
                 self.features[i],
                 float(effects[i]),
                 None if bool(shares[i].isnan()) else float(shares[i]),
                 (labels or {}).get(self.features[i], ""),
+                () if one else tuple(zip(self.card.layers, sizes[i].tolist(), strict=True)),
             )
             for i in order[:k]
         ]
@@ -170,13 +174,7 @@ class Attribution:
     ) -> dict[str, Any]:
         """For JSON: the top features, and how much of the change they leave out."""
         return {
-            "features": [
-                {
-                    name: getattr(each, name)
-                    for name in ("layer", "feature", "effect", "share", "label")
-                }
-                for each in self.top(k, labels)
-            ],
+            "features": [self._shown(each) for each in self.top(k, labels)],
             "dictionaries": [
                 {
                     "dictionary": each.card.name,
@@ -202,6 +200,19 @@ class Attribution:
         """Between the change and what is explained of it, over all layers that are covered."""
         product = sum(float((each.explained * each.delta).sum()) for each in self.effects)
         return product / (self._norm("explained") * self._norm("delta"))
+
+    def _shown(self, each: FeatureEffect) -> dict[str, Any]:
+        shown: dict[str, Any] = {name: getattr(each, name) for name in _SHOWN}
+        if each.per_layer:
+            shown["per_layer"] = dict(each.per_layer)
+        published = next(
+            effects.card.neuronpedia_id
+            for effects in self.effects
+            if effects.card.name == each.dictionary
+        )
+        if published is not None:
+            shown["url"] = dashboard_url(published, each.feature)
+        return shown
 
     def _norm(self, name: str) -> float:
         return math.hypot(*(float(getattr(each, name).norm()) for each in self.effects))

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -387,6 +388,13 @@ def features(
             help="injected: what the plan adds at each layer; total: steered minus unsteered."
         ),
     ] = "injected",
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another plan, on the same text: which features differ."),
+    ] = None,
+    coding: Annotated[
+        int, typer.Option(help="Also write the change as so many signed decoder directions.")
+    ] = 0,
     top: Annotated[int, typer.Option(help="Features to show.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for figures; none without it.")] = None,
@@ -410,9 +418,15 @@ def features(
         plot_token_features,
         plot_top_features,
     )
-    from fusion_lens.feature_report import feature_table, left_out_lines
+    from fusion_lens.feature_report import (
+        coding_table,
+        difference_table,
+        feature_table,
+        left_out_lines,
+    )
     from fusion_lens.pictures import write_figures
-    from fusion_lens.shelves import open_dictionaries
+    from fusion_lens.plan_files import load_plan
+    from fusion_lens.shelves import labels_of, open_dictionaries
 
     if (question_id is None) == (plan is None):
         raise ConfigError("features needs either --question-id or --plan, and not both.")
@@ -426,13 +440,20 @@ def features(
     else:
         assert question_id is not None
         text = _tuned_text_of(opened, question_id, questions, model, segments, settings, device)
-    (found,) = attribute(opened, [each.dictionary for each in shelved], [text], kind=kind)
-    labels = {each.dictionary.card.name: each.texts for each in shelved}
+    texts = [text] if against is None else [text, replace(text, plan=load_plan(against))]
+    dictionaries = [each.dictionary for each in shelved]
+    found, *others = attribute(opened, dictionaries, texts, kind=kind)
+    labels = labels_of(shelved, found, top)
     if as_json:
         print(json.dumps(found.to_dict(top, labels), ensure_ascii=False))
     else:
         print(f"{text.prompt.text!r} -> {_written(opened, text)!r}")
-        Console().print(feature_table(found, top, labels).to_table())
+        tables = [feature_table(found, top, labels)]
+        tables += [difference_table(found, o, ("plan", "other"), top, labels) for o in others]
+        if coding:
+            tables.append(coding_table(found, dictionaries, coding, labels))
+        for table in tables:
+            Console().print(table.to_table())
         for line in left_out_lines(found):
             print(line)
     if out is not None:

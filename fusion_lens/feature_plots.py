@@ -198,19 +198,11 @@ def _titled(figure: go.Figure, title: str, found: Attribution) -> None:
 def _crosscoder_cells(
     found: Attribution, k: int, labels: Labels | None
 ) -> list[tuple[int, str, float, str]]:
-    by_name = {effects.card.name: effects for effects in found.effects}
-    cells = []
-    for each in found.top(k, labels):
-        effects = by_name[each.dictionary]
-        place = effects.place(each.feature)
-        assert place is not None
-        sizes = effects.weights[place] * effects.directions[place].norm(dim=-1)
-        name = feature_name(each)
-        cells += [
-            (layer, name, size, name)
-            for layer, size in zip(effects.card.layers, sizes.tolist(), strict=True)
-        ]
-    return cells
+    return [
+        (layer, feature_name(each), size, feature_name(each))
+        for each in found.top(k, labels)
+        for layer, size in each.per_layer or ((each.layer or 0, each.effect),)
+    ]
 
 
 def _ranked_cells(

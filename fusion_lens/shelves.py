@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fusion_lens.atlas import DICTIONARIES
+from fusion_lens.attribution import Attribution
 from fusion_lens.crosscoder_files import WEIGHTS as CROSSCODER_WEIGHTS
 from fusion_lens.crosscoder_files import load_crosscoder
 from fusion_lens.dictionaries import Dictionary, fit_to_model
 from fusion_lens.errors import InputFileError
+from fusion_lens.feature_labels import published_labels
 from fusion_lens.models import HookedModel
 from fusion_lens.saes import load_sae
 
@@ -70,6 +72,19 @@ def open_dictionaries(names: Sequence[str], model: HookedModel) -> list[Shelved]
         else:
             shelved.append(Shelved(fit_to_model(load_sae(name), model), {}))
     return shelved
+
+
+def labels_of(shelved: Sequence[Shelved], found: Attribution, k: int) -> dict[str, dict[int, str]]:
+    """What the `k` largest features of each dictionary are called, by its name: the labels beside
+    it, or Neuronpedia's where they can be had."""
+    made = {}
+    for each, effects in zip(shelved, found.effects, strict=True):
+        card = each.dictionary.card
+        made[card.name] = each.texts
+        if not each.labels and card.neuronpedia_id is not None:
+            shown = [feature.feature for feature in effects.top(k)]
+            made[card.name] = published_labels(card, shown)
+    return made
 
 
 def read_labels(folder: Path) -> dict[int, Label]:
