@@ -92,6 +92,8 @@ def test_a_feature_of_several_layers_has_one_effect_over_them() -> None:
     assert top.effect == pytest.approx(-5.0, abs=1e-4)
     assert top.share == pytest.approx(1.0, abs=1e-5)
     assert torch.allclose(found.contributions[1], -2.5 * direction, atol=1e-5)
+    parts = [-2.5 * float(direction[n].norm()) for n in range(2)]
+    assert dict(top.per_layer) == {0: pytest.approx(parts[0]), 2: pytest.approx(parts[1])}
 
 
 def test_means_are_over_the_tokens_that_count() -> None:
@@ -140,6 +142,9 @@ def test_contributions_offset_and_error_sum_to_the_change(
     assert not by_feature[silent].any()
     order = torch.randperm(len(found.features), generator=torch.Generator().manual_seed(0))
     assert replace(found, directions=found.directions[order]).gap > 0.01
+
+
+ONE_CARD = linear((1,), 32, 20, "one").card
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +199,11 @@ def test_the_top_is_over_all_dictionaries_with_labels_and_json_holds_what_is_lef
     assert [each["effect"] for each in content["features"]] == [t.effect for t in top[:2]]
     assert [each["layers"] for each in content["dictionaries"]] == [[1], [0, 3]]
     assert content["not_covered"] == [2]
+    assert all(("per_layer" in each) == (each["layer"] is None) for each in content["features"])
+    card = replace(ONE_CARD, neuronpedia_id="tiny/1-res")
+    named = replace(found, effects=(replace(found.effects[0], card=card),))
+    first = named.to_dict(1)["features"][0]
+    assert first["url"] == f"https://www.neuronpedia.org/tiny/1-res/{first['feature']}"
     squares = [each.error.square().sum() / 1 for each in found.effects]
     whole = sum(each.delta.square().sum() for each in found.effects)
     assert content["relative_error"] == pytest.approx(float((sum(squares) / whole).sqrt()))

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import strong_plan
 
 from fusion_lens import arms, cli
 from fusion_lens.arms import ARMS
+from fusion_lens.models import load_model
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
 
@@ -273,6 +275,66 @@ def test_simpleqa_is_read_as_it_was_published(command, tmp_path) -> None:
     assert results.summary["questions"]["available"] == 1418
     assert {record.answer_type for record in results.records} == {"Date"}
     assert all(record.question_id.startswith("simpleqa-") for record in results.records)
+
+
+def test_the_features_of_a_plan_are_shown_and_drawn(command, tmp_path) -> None:
+    settings = ("--trials", 6, "--max-new-tokens", 12, "--slots", 8)
+    run = ("run", "--question-id", "atlas-test-0003", "--arms", "segmented,full", "--no-reach")
+    code, _, err = command(*run, *settings, "--out", tmp_path / "run")
+    assert code == 0, err
+    plan = tmp_path / "run" / "plans" / "atlas-test-0003.segmented.safetensors"
+    other = tmp_path / "run" / "plans" / "atlas-test-0003.full.safetensors"
+    figures = ("--out", tmp_path / "figures", "--coding", 2, "--against", other)
+    code, out, err = command(
+        *("features", "--plan", plan, "--top", 4, "--dictionary", "atlas-crosscoder"), *figures
+    )
+    assert code == 0, err
+    for said in ("Whose pupil was", "injected change", "two plans", "directions per dictionary"):
+        assert said in out
+    assert "crosscoder: " in out
+    assert (tmp_path / "figures" / "token_features.html").is_file()
+
+
+def test_the_features_of_a_question_are_json_on_request(command) -> None:
+    asked = ("features", "--question-id", "atlas-test-0003", "--trials", 6, "--top", 3, "--json")
+    code, out, err = command(*asked, "--max-new-tokens", 12)
+    assert code == 0, err
+    content = json.loads(out)
+    assert len(content["features"]) == 3
+    assert {"layer", "feature", "effect", "share", "label"} <= content["features"][0].keys()
+    assert [each["layers"] for each in content["dictionaries"]] == [[n] for n in range(6)]
+    assert 0 < content["relative_error"] < 2
+    assert 0 < content["cosine"] < 1
+    assert content["not_covered"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "needs either --question-id or --plan, and not both"),
+        (("--question-id", "a", "--plan", "p"), "needs either --question-id or --plan, and not"),
+        (("--question-id", "a", "--model", "m"), "a model other than Atlas needs --dictionary"),
+        (("--question-id", "nobody"), "every question id must be in the file, but got 'nobody'"),
+    ],
+)
+def test_features_say_what_they_need(command, arguments, message) -> None:
+    code, _, err = command("features", *arguments)
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert message in err
+
+
+def test_a_plan_outside_a_run_needs_its_question(command, tiny_folder, tmp_path) -> None:
+    file = tmp_path / "plan.safetensors"
+    save_plan(strong_plan(load_model()), file)
+    code, _, err = command("features", "--plan", file)
+    assert code == 1
+    assert "a plan outside a run's folder needs its question" in err
+    code, out, err = command(
+        *("features", "--plan", file, "--question", "Who was it?", "--max-new-tokens", 4),
+        *("--kind", "total"),
+    )
+    assert code == 0, err
+    assert "total change" in out
 
 
 def test_an_output_folder_that_cannot_be_written_fails_before_the_work(

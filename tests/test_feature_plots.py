@@ -5,7 +5,7 @@ import torch
 from conftest import prompts_of, strong_plan
 from test_attribution import WRITTEN, linear
 
-from fusion_lens.attribution import Attribution, FeatureEffect, attribute, effects_between
+from fusion_lens.attribution import Attribution, FeatureEffect, attribute
 from fusion_lens.faithfulness import Faithfulness, Gain
 from fusion_lens.feature_plots import (
     feature_name,
@@ -15,11 +15,10 @@ from fusion_lens.feature_plots import (
     plot_top_features,
     visible,
 )
-from fusion_lens.feature_report import feature_table, left_out_lines
 from fusion_lens.models import HookedModel
 from fusion_lens.teacher_forcing import Text
 
-ONE, TWO = linear((1,), 32, 20, "one"), linear((0, 3), 32, 40, "two")
+TWO = linear((0, 3), 32, 40, "two")
 
 
 @pytest.fixture(scope="module")
@@ -119,23 +118,3 @@ def test_the_curve_has_a_point_per_k_with_its_interval_and_lines_for_the_parts()
     assert all(reach > 0 for reach in (*top.error_y.array, *top.error_y.arrayminus))
     assert "after the question, n = 3" in figure.figure.layout.title.text
     assert figure.rows[0][:3] == ("top", 1, pytest.approx(3.0))
-
-
-def test_the_table_and_its_lines_tell_features_and_what_they_leave_out(
-    saes: Attribution, crosscoder: Attribution
-) -> None:
-    table = feature_table(saes, 2, {"sae 0": {}, "sae 1": {}, "sae 3": {}})
-    first = saes.top(1)[0]
-    assert table.header == ("layer", "feature", "effect", "share", "label")
-    assert table.rows[0][:3] == (str(first.layer), str(first.feature), f"{first.effect:+.3f}")
-    assert feature_table(crosscoder, 1).rows[0][0] == "all"
-    lines = left_out_lines(saes)
-    assert len(lines) == 5
-    assert lines[0].startswith("sae 0: 20 features active; of a change of norm ")
-    assert lines[-1] == "not covered: layers 2"
-
-
-def test_a_change_of_nothing_has_no_share_in_the_table() -> None:
-    x = torch.randn(2, 1, 32)
-    found = Attribution((effects_between(ONE, x, x),), ("a", "b"), (True, True), ())
-    assert feature_table(found, 1).rows[0][3] == "-"
