@@ -4,9 +4,10 @@ Run: `make bench-features` (`python benchmarks/features.py [N [FOLDER]]`); it wr
 and figures, and prints Markdown. Every question is tuned (segmented, the defaults of `run`), its
 plan taken apart by the shipped SAEs and by the crosscoder, and
 
-- *named*: does one of the ten largest features have a precise label that names a word of the gold
-  answer? Against the same share for the delta of another question (the `mismatched` control's),
-  injected with the same coefficients into the same text and compared with the same gold answer.
+- *named*: does one of the ten largest features of a dictionary have a label that names a word of
+  the gold answer, by three rules? Against the same share for the delta of another question (that of
+  the `mismatched` control), injected with the same coefficients into the same text and compared
+  with the same gold answer.
 - *faithful*: how much of the plan's effect on the gold answer's log-probability the largest
   features have, against random ones of equal norm (`fusion_lens.faithfulness`).
 
@@ -55,16 +56,26 @@ def tuned_plans(
 
 
 def names_gold(label: Label, answer: str) -> bool:
-    """Whether a precise label of an entity names a word of the answer: its last word is one of
-    them ("month March", "place lead Upper")."""
-    return label.precise and label.kind == "entity" and label.text.split()[-1] in answer.split()
+    """Whether a label of an entity names a word of the answer: its last word is one of them ("month
+    March", "place lead Upper")."""
+    return label.kind == "entity" and label.text.split()[-1] in answer.split()
+
+
+def names_gold_precisely(label: Label, answer: str) -> bool:
+    """The same of a label that holds on held-out text."""
+    return label.precise and names_gold(label, answer)
 
 
 def tells_gold(label: Label, answer: str) -> bool:
-    """Whether a precise label of any kind, a mere token among them, spells a word of the answer or
-    a part of one."""
-    told = [word for word in words(label.text) if len(word) > 1 or word.isdigit()]
-    return label.precise and any(word in told for word in words(answer))
+    """Whether a precise label of any kind, a mere token among them, spells a word of the answer."""
+    return label.precise and bool({*words(label.text)} & {*words(answer)})
+
+
+RULES = {
+    "entity": names_gold,
+    "entity, precise label": names_gold_precisely,
+    "any kind, precise label": tells_gold,
+}
 
 
 def is_named(found: Attribution, shelved: Sequence[Shelved], answer: str, rule: Any) -> bool:
@@ -97,7 +108,7 @@ def named_shares(
         lent.append(replace(text, plan=mismatched))
     found = [attribute(model, dictionaries, texts) for texts in (own, lent)]
     made = {}
-    for name, rule in (("entity", names_gold), ("any word", tells_gold)):
+    for name, rule in RULES.items():
         hits = [
             [
                 float(is_named(each, shelved, tuned.job.prepared.question.answer, rule))
@@ -158,7 +169,7 @@ def _shown(interval: Any, form: str = "{:+.2f}") -> str:
 
 def main() -> None:
     """Tune, take apart, measure, write."""
-    limit = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    limit = int(sys.argv[1]) if len(sys.argv) > 1 else 120
     out = Path(sys.argv[2]) if len(sys.argv) > 2 else FOLDER
     began = time.perf_counter()
     model = load_model()
@@ -189,7 +200,11 @@ def main() -> None:
             }
             print(markdown(name, result[name], measured))
             for rule, own in result[name]["named"].items():
-                print(f"\n{rule}: {own['own']:.1%} own, {own['mismatched']:.1%} mismatched")
+                print(
+                    f"\n{rule}: {own['own']:.1%} own, {own['mismatched']:.1%} mismatched, p ",
+                    end="",
+                )
+                print(f"{own['comparison']['p']:.2g}")
             print(f"\nrank correlation {_shown(measured.correlation)}\n", flush=True)
             figure = replace(plot_faithfulness(measured), name=f"features_{name}")
             write_figures([figure], out, html=False)

@@ -534,9 +534,11 @@ def _segments(text: str) -> str | int:
 def _fluency(settings: Protocol, device: str | None) -> PerplexityModel | None:
     if settings.perplexity_model is None:
         return None
+    from fusion_lens.atlas import CHECKPOINT
     from fusion_lens.perplexity import PerplexityModel
 
-    return PerplexityModel(settings.perplexity_model, device=device)
+    source = settings.perplexity_model
+    return PerplexityModel(CHECKPOINT if source == "atlas" else source, device=device)
 
 
 def _price(text: str | None) -> tuple[float, float] | None:

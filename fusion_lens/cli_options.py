@@ -123,7 +123,8 @@ def settings_of(
     perplexity_model: Annotated[
         str | None,
         typer.Option(
-            help="A causal language model, by folder or hub name, that measures perplexity. "
+            help="A causal language model, by folder or hub name (or atlas), that measures "
+            "perplexity. "
             "[default: the steered one, unsteered; paper: openai-community/gpt2]"
         ),
     ] = None,
