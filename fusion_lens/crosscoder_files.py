@@ -36,6 +36,7 @@ from fusion_lens.errors import ConfigError, DictionaryError, InputFileError, Out
 from fusion_lens.models import resid_post
 from fusion_lens.tensor_files import (
     Header,
+    in_float32,
     read_config,
     read_tensors,
     require_finite,
@@ -46,7 +47,9 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _IDS = {"CROSSCODER": 1, "SAE": 2, "MIXED": 3, "NONE": 4, "DECOUPLED": 5}
 _CARD = "fusion_lens"
-_WEIGHTS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+_MATRICES = ("encoder.weight", "decoder.weight")
+_WEIGHTS = (*_MATRICES, "encoder.bias", "decoder.bias")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_crosscoder(
@@ -89,14 +92,23 @@ def load_crosscoder(
         raise DictionaryError(f"{path} must hold a usable crosscoder, but: {error}") from error
 
 
-def save_crosscoder(crosscoder: Crosscoder, folder: str | Path) -> None:
-    """Write a crosscoder in the open layout, in float32; `load_crosscoder` gives that back bit for
+def save_crosscoder(
+    crosscoder: Crosscoder, folder: str | Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a crosscoder in the open layout; `load_crosscoder` gives what is written back bit for
     bit.
 
+    The two matrices are written in `dtype`, float32 or a half precision; the rest in float32. A
+    threshold is not rounded with them: find it on rounded weights.
+
     Raises:
+        ConfigError: if `dtype` is another.
+        DictionaryError: if a weight does not fit into it.
         OutputError: if the place cannot be written.
     """
     folder = Path(folder)
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, but got {dtype}.")
     n_layers, d_sae, d_model = crosscoder.decoder_weight.shape
     none = torch.full((n_layers, d_model), float("nan"))
     normaliser = crosscoder.normaliser
@@ -120,9 +132,10 @@ def save_crosscoder(crosscoder: Crosscoder, folder: str | Path) -> None:
         name: t.detach().to("cpu", torch.float32 if t.is_floating_point() else t.dtype).clone()
         for name, t in tensors.items()
     }
+    tensors |= {name: _rounded(name, tensors[name], dtype) for name in _MATRICES}
     tensors = {name: t.contiguous() for name, t in tensors.items()}
     card = json.dumps(asdict(crosscoder.card))
-    metadata = {_CARD: card, "sha256": _digest(card, tensors)}
+    metadata = {_CARD: card, "sha256": _digest(card, in_float32(tensors))}
     config: dict[str, Any] = {
         "dict_class": "CrossCoder" if crosscoder.threshold is None else "BatchTopKCrossCoder",
         "activation_dim": d_model,
@@ -139,6 +152,16 @@ def save_crosscoder(crosscoder: Crosscoder, folder: str | Path) -> None:
         part.replace(folder / WEIGHTS)
     except OSError as error:
         raise OutputError(folder, error.strerror or str(error)) from error
+
+
+def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = weight.to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise DictionaryError(
+            f"{name} must be finite in {dtype}, but its largest weight is "
+            f"{float(weight.abs().max()):g}; choose a dtype that holds it."
+        )
+    return rounded
 
 
 def _expected(header: Header) -> Mapping[str, tuple[int, ...]]:

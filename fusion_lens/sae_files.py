@@ -237,7 +237,7 @@ def seal_sae(folder: str | Path, model: ModelIdentity) -> None:
     config["metadata"][_SEAL] = _digest(config, tensors)
     part = folder / f"{CONFIG}.part"
     try:
-        part.write_text(json.dumps(config), "utf-8")
+        part.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         part.replace(folder / CONFIG)
     except OSError as error:
         raise OutputError(folder / CONFIG, error.strerror or str(error)) from error

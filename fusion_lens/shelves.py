@@ -99,7 +99,7 @@ def read_labels(folder: Path) -> dict[int, Label]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
-            feature: Label(row["label"], row["kind"], row["precise"])
+            feature: _label(row)
             for feature, row in enumerate(_rows(content))
             if row["label"] is not None
         }
@@ -112,7 +112,15 @@ def _rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in content["rows"]]
 
 
-def _opened(folder: Path, model: HookedModel) -> Shelved:
-    crosscoder = (folder / CROSSCODER_WEIGHTS).is_file() or folder.is_file()
-    dictionary: Dictionary = load_crosscoder(folder) if crosscoder else load_sae(folder)
+def _label(row: Mapping[str, Any]) -> Label:
+    text, kind, precise = row["label"], row["kind"], row["precise"]
+    if not (isinstance(text, str) and isinstance(kind, str) and isinstance(precise, bool)):
+        raise ValueError(f"label and kind are text and precise is true or false, not {row}")
+    return Label(text, kind, precise)
+
+
+def _opened(source: Path, model: HookedModel) -> Shelved:
+    crosscoder = source.is_file() or (source / CROSSCODER_WEIGHTS).is_file()
+    dictionary: Dictionary = load_crosscoder(source) if crosscoder else load_sae(source)
+    folder = source.parent if source.is_file() else source
     return Shelved(fit_to_model(dictionary, model), read_labels(folder))

@@ -69,7 +69,12 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in slices}
     except (OSError, SafetensorError) as error:
         raise InputFileError(path, f"it must be a whole safetensors file, but: {error}") from error
-    return header, {
+    return header, in_float32(tensors)
+
+
+def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as `read_tensors` gives them."""
+    return {
         name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }

@@ -145,6 +145,16 @@ def atlas() -> HookedModel:
     return load_model()
 
 
+@pytest.fixture(scope="session")
+def other_atlas() -> HookedModel:
+    """Atlas with other weights, as after further training."""
+    model = load_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.01
+    return model
+
+
 @pytest.fixture
 def untouched() -> Iterator[Callable[[HookedModel], None]]:
     """Call it with a model: at the end its weights are bit-identical, and no hook is left."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
 from fusion_lens.crosscoders import make_normaliser
-from fusion_lens.errors import DictionaryError, InputFileError, OutputError
+from fusion_lens.errors import ConfigError, DictionaryError, InputFileError, OutputError
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,40 @@ def test_weights_of_another_precision_are_saved_and_read_in_float32(tmp_path: Pa
     assert loaded.normaliser is not None
     assert loaded.normaliser.kind == "relative"
     assert loaded.decoder.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrices_of_half_precision_are_given_back_as_they_were_rounded(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    crosscoder = made()
+    save_crosscoder(crosscoder, tmp_path / "cc", dtype=dtype)
+    saved = load_file(tmp_path / "cc" / FILE)
+    assert {name for name, tensor in saved.items() if tensor.dtype == dtype} == {
+        "encoder.weight",
+        "decoder.weight",
+    }
+    loaded = load_crosscoder(tmp_path / "cc")
+    assert loaded.card == crosscoder.card
+    for name in ("encoder_weight", "decoder_weight"):
+        weight = getattr(crosscoder, name)
+        assert torch.equal(getattr(loaded, name), weight.to(dtype).float())
+        assert not torch.equal(getattr(loaded, name), weight)
+    for name in ("encoder_bias", "decoder_bias"):
+        assert torch.equal(getattr(loaded, name), getattr(crosscoder, name))
+    save_crosscoder(loaded, tmp_path / "again", dtype=dtype)
+    again = load_file(tmp_path / "again" / FILE)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in again.items())
+
+
+def test_a_precision_that_cannot_hold_the_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"torch.bfloat16, but got torch\.int8"):
+        save_crosscoder(made(), tmp_path / "cc", dtype=torch.int8)
+    large = made(encoder_weight=torch.full((L, D, F), 7e4))
+    message = r"encoder\.weight must be finite in torch\.float16, but .* is 70000; choose a"
+    with pytest.raises(DictionaryError, match=message):
+        save_crosscoder(large, tmp_path / "cc", dtype=torch.float16)
+    assert not (tmp_path / "cc").exists()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +213,8 @@ def test_a_flipped_bit_or_a_cut_of_a_saved_file_is_found(
     tmp_path: Path, data: st.DataObject
 ) -> None:
     folder = tmp_path / "cc"
-    save_crosscoder(made(), folder)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
+    save_crosscoder(made(), folder, dtype=dtype)
     content = bytearray((folder / FILE).read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):

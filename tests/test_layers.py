@@ -49,9 +49,9 @@ ATLAS_USERS = {"shelves": {"atlas"}, "models": {"atlas"}, "cli": {"atlas", "atla
 ATLAS_KNOWS = {"errors", "scores", "questions"}
 # its dictionaries are made and judged on the hook points
 DICTIONARY_MAKERS = {
+    "atlas.crosscoder_weights",
     "atlas.dictionary_activations",
     "atlas.dictionary_cards",
-    "atlas.dictionary_codec",
     "atlas.dictionary_losses",
     "atlas.dictionary_quality",
     "atlas.feature_labels",

@@ -19,6 +19,8 @@ from fusion_lens.lean import AtBlock
 from fusion_lens.models import HookedModel, evaluating
 
 BATCH_SIZE = 32
+CHUNK = 8192
+"""Tokens of a batch whose codes are computed at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +82,14 @@ def batches_of(rows: Sequence[Sequence[int]], size: int = BATCH_SIZE) -> Iterato
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def token_chunks(
+    resid: Float[Tensor, "layer token d_model"], layers: Sequence[int], size: int = CHUNK
+) -> Iterator[Float[Tensor, "batch layer d_model"]]:
+    """Float32 batches of all tokens in their order, of these of the layers."""
+    for chunk in torch.split(resid, size, dim=1):
+        yield chunk[list(layers)].transpose(0, 1).float()
 
 
 def shuffled_batches(

@@ -1,8 +1,7 @@
 """The cards of the shipped dictionaries: one `card.json` in each dictionary's folder.
 
 A card names the model (with the hash of its weights), the hooks, the recipe, the hash of the
-dictionary's own weights and, once judged, the figures on held-out text. A dictionary is used only
-on the model of its card.
+dictionary's own weights and, once judged, the figures on held-out text.
 """
 
 import json
@@ -10,8 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import InputFileError, ModelError
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.crosscoder_files import load_crosscoder
+from fusion_lens.dictionaries import Dictionary, fit_to_model
+from fusion_lens.errors import InputFileError
+from fusion_lens.models import HookedModel
+from fusion_lens.sae_files import load_sae_folder
 
 CARD = "card.json"
 CROSSCODER = "crosscoder"
@@ -26,7 +28,8 @@ def load_card(folder: Path) -> dict[str, Any]:
     """A dictionary's card.
 
     Raises:
-        InputFileError: if there is none or it is no JSON object.
+        InputFileError: if there is none, it is no JSON object, or it is the card of other weights
+            than those beside it.
     """
     path = folder / CARD
     try:
@@ -35,28 +38,31 @@ def load_card(folder: Path) -> dict[str, Any]:
         raise InputFileError(path, f"it must be a dictionary's card, but: {error}") from error
     if not isinstance(card, dict):
         raise InputFileError(path, f"it must hold a JSON object, but got {type(card).__name__}")
+    if card.get("sha256") != _hashes(folder):
+        raise InputFileError(path, "it must be the card of the weights beside it; train them again")
     return card
 
 
 def save_card(folder: Path, card: dict[str, Any]) -> None:
     """Write a card, with the hash of the weights that are in the folder now."""
-    hashes = {
-        path.name: sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-    card = {**card, "sha256": hashes}
+    card = {**card, "sha256": _hashes(folder)}
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def require_model(card: dict[str, Any], model: HookedModel) -> None:
-    """Make sure that the model is the card's.
+def open_dictionary(folder: Path, model: HookedModel) -> Dictionary:
+    """The dictionary of a folder, on the model that it was trained on.
 
     Raises:
-        ModelError: if its weights have another hash.
+        InputFileError: if a file is missing or damaged.
+        DictionaryError: if the model is another.
     """
-    wanted, got = card["model"]["weights"], identify(model).weights
-    if wanted != got:
-        raise ModelError(
-            f"the dictionary must be used on the weights {wanted[:12]} it was trained on, "
-            f"but the model has {got[:12]}; train dictionaries of that model."
-        )
+    is_crosscoder = folder.name == CROSSCODER
+    dictionary: Dictionary = load_crosscoder(folder) if is_crosscoder else load_sae_folder(folder)
+    return fit_to_model(dictionary, model)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.name: sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.safetensors"))
+    }

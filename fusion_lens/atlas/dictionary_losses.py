@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fusion_lens.activations import left_padded, padded_length
 from fusion_lens.atlas.dictionary_activations import batches_of
-from fusion_lens.atlas.dictionary_codec import Codec
+from fusion_lens.dictionaries import Dictionary
 from fusion_lens.executors import Executor, executor_of
 from fusion_lens.lean import AtBlock
 from fusion_lens.models import HookedModel, evaluating
@@ -41,7 +41,7 @@ class _Batch:
 
 
 def spliced_losses(
-    codecs: Mapping[str, Codec],
+    dictionaries: Mapping[str, Dictionary],
     model: HookedModel,
     rows: Sequence[Sequence[int]],
     means: Float[Tensor, "layer d_model"],
@@ -51,7 +51,11 @@ def spliced_losses(
     run, _ = executor_of(model)
     clean, n_tokens = 0.0, 0
     ablated = dict.fromkeys(range(n_layers), 0.0)
-    spliced = {(name, layer): 0.0 for name, codec in codecs.items() for layer in codec.layers}
+    spliced = {
+        (name, layer): 0.0
+        for name, dictionary in dictionaries.items()
+        for layer in dictionary.card.layers
+    }
     with evaluating(model):
         for batch in _loss_batches(rows, run):
             seen: dict[int, Tensor] = {}
@@ -59,10 +63,11 @@ def spliced_losses(
             clean += _loss(run, batch, {layer: _keep(seen, layer) for layer in range(n_layers)})
             for layer in range(n_layers):
                 ablated[layer] += _loss(run, batch, {layer: _put(means[layer], batch.own)})
-            resid = torch.stack([seen[layer][batch.own] for layer in range(n_layers)])
-            for name, codec in codecs.items():
-                decoded = codec.decode(codec.encode(resid[list(codec.layers)]))
-                for layer, replacement in zip(codec.layers, decoded, strict=True):
+            resid = torch.stack([seen[layer][batch.own] for layer in range(n_layers)], dim=1)
+            for name, dictionary in dictionaries.items():
+                layers = dictionary.card.layers
+                decoded = dictionary.reconstruct(resid[:, list(layers)])
+                for layer, replacement in zip(layers, decoded.unbind(dim=1), strict=True):
                     at = {layer: _put(replacement, batch.own)}
                     spliced[name, layer] += _loss(run, batch, at)
     return Losses(

@@ -27,19 +27,19 @@ from fusion_lens.atlas.decoding import load_completer
 from fusion_lens.atlas.dictionary_activations import (
     TokenActivations,
     record_tokens,
+    token_chunks,
     tokenize_documents,
 )
-from fusion_lens.atlas.dictionary_cards import load_card, require_model, save_card
-from fusion_lens.atlas.dictionary_codec import Codec, open_dictionary
+from fusion_lens.atlas.dictionary_cards import load_card, open_dictionary, save_card
 from fusion_lens.atlas.dictionary_losses import spliced_losses
 from fusion_lens.atlas.dictionary_text import draw_side_documents, make_side
 from fusion_lens.atlas.world import WORLD_SEED, make_world
+from fusion_lens.dictionaries import Dictionary
 from fusion_lens.models import HookedModel, load_model
 
 N_DOCUMENTS = 2000
 N_LOSS_DOCUMENTS = 600
 SEED = 1
-_CHUNK = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,49 +108,49 @@ def record_held_out(model: HookedModel, documents: Sequence[Document]) -> HeldOu
 
 
 def measure(
-    codecs: Mapping[str, Codec], model: HookedModel, text: HeldOut, *, n_loss: int
+    dictionaries: Mapping[str, Dictionary], model: HookedModel, text: HeldOut, *, n_loss: int
 ) -> dict[str, Figures]:
     """All figures of all dictionaries; losses over the first `n_loss` documents."""
     means = text.activations.resid.mean(dim=1)
-    losses = spliced_losses(codecs, model, text.rows[:n_loss], means)
+    losses = spliced_losses(dictionaries, model, text.rows[:n_loss], means)
     figures = {}
-    for name, codec in codecs.items():
-        explained, l0, dead = reconstruction(codec, text.activations.resid)
+    for name, dictionary in dictionaries.items():
+        explained, l0, dead = reconstruction(dictionary, text.activations.resid)
         figures[name] = Figures(
             n_tokens=text.activations.resid.shape[1],
             n_loss_tokens=losses.n_tokens,
-            d_sae=codec.d_sae,
+            d_sae=dictionary.card.d_sae,
             l0=l0,
             dead_share=dead,
             layers=tuple(
                 LayerFigures(
                     layer, share, losses.clean, losses.spliced[name, layer], losses.ablated[layer]
                 )
-                for layer, share in zip(codec.layers, explained, strict=True)
+                for layer, share in zip(dictionary.card.layers, explained, strict=True)
             ),
         )
     return figures
 
 
 def reconstruction(
-    codec: Codec, resid: Float[Tensor, "layer token d_model"]
+    dictionary: Dictionary, resid: Float[Tensor, "layer token d_model"]
 ) -> tuple[list[float], float, float]:
     """Variance explained by layer, mean L0, and the share of features that are never on.
 
     `resid` holds all layers of the model.
     """
-    x = resid[list(codec.layers)]
-    centred = torch.stack([(layer - layer.mean(dim=0)).pow(2).sum() for layer in x])
-    error = torch.zeros(len(codec.layers))
-    counts = torch.zeros(codec.d_sae)
-    for chunk in torch.split(x, _CHUNK, dim=1):
-        codes = codec.encode(chunk)
-        error += (chunk - codec.decode(codes)).pow(2).sum(dim=(1, 2))
-        counts += (codes > 0).sum(dim=0)
-    n_tokens = x.shape[1]
+    card = dictionary.card
+    centred = torch.stack(
+        [(resid[layer] - resid[layer].mean(dim=0)).pow(2).sum() for layer in card.layers]
+    )
+    error = torch.zeros(len(card.layers))
+    counts = torch.zeros(card.d_sae)
+    for x in token_chunks(resid, card.layers):
+        error += (x - dictionary.reconstruct(x)).pow(2).sum(dim=(0, 2))
+        counts += (dictionary.encode(x).codes > 0).sum(dim=0)
     return (
         (1 - error / centred).tolist(),
-        float(counts.sum()) / n_tokens,
+        float(counts.sum()) / resid.shape[1],
         float((counts == 0).float().mean()),
     )
 
@@ -187,11 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load_model()
     folders = shipped_dictionaries(options.dictionaries)
     cards = {folder.name: load_card(folder) for folder in folders}
-    for card in cards.values():
-        require_model(card, model)
-    codecs = {folder.name: open_dictionary(folder) for folder in folders}
+    dictionaries = {folder.name: open_dictionary(folder, model) for folder in folders}
     text = record_held_out(model, held_out_documents(options.n, options.seed))
-    figures = measure(codecs, model, text, n_loss=options.n_loss)
+    figures = measure(dictionaries, model, text, n_loss=options.n_loss)
     print(format_figures(figures))
     record = {name: each.to_dict() for name, each in figures.items()}
     if options.out:

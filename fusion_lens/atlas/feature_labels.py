@@ -37,21 +37,26 @@ from fusion_lens.atlas.concepts import (
 )
 from fusion_lens.atlas.corpus import Document
 from fusion_lens.atlas.decoding import load_completer
-from fusion_lens.atlas.dictionary_activations import record_tokens, tokenize_documents
-from fusion_lens.atlas.dictionary_cards import load_card, require_model, save_card
-from fusion_lens.atlas.dictionary_codec import Codec, open_dictionary
+from fusion_lens.atlas.dictionary_activations import (
+    CHUNK,
+    record_tokens,
+    token_chunks,
+    tokenize_documents,
+)
+from fusion_lens.atlas.dictionary_cards import load_card, open_dictionary, save_card
 from fusion_lens.atlas.dictionary_quality import held_out_documents, shipped_dictionaries
 from fusion_lens.atlas.dictionary_text import draw_side_documents, make_side
 from fusion_lens.atlas.token_truth import KINDS, WORLD_KINDS, token_concepts
 from fusion_lens.atlas.world import WORLD_SEED, make_world
+from fusion_lens.dictionaries import Dictionary
 from fusion_lens.models import HookedModel, load_model
 
 LABELS = "labels.json"
+COLUMNS = ("label", "kind", "precise", "precision", "recall", "n_firings", "top")
 SHARE = 0.5
 MIN_FIRINGS = 10
 PRECISE = 0.9
 _TRAINING_SEED = 2
-_CHUNK = 8192
 _TOP = 20
 
 
@@ -72,44 +77,48 @@ class FeatureLabel:
     feature: int
     label: str | None
     kind: str | None
+    precise: bool
     precision: float
     recall: float
     n_firings: int
     top: tuple[str, ...]
 
-    @property
-    def precise(self) -> bool:
-        """Whether the label can be relied on."""
-        return self.n_firings >= MIN_FIRINGS and self.precision >= PRECISE
+
+def is_precise(precision: float, n_firings: int) -> bool:
+    """Whether a label that is right on this share of its held-out firings can be relied on."""
+    return n_firings >= MIN_FIRINGS and precision >= PRECISE
 
 
 def label_features(
-    codec: Codec, training: LabelledText, held_out: LabelledText, concepts: Sequence[Concept]
+    dictionary: Dictionary,
+    training: LabelledText,
+    held_out: LabelledText,
+    concepts: Sequence[Concept],
 ) -> list[FeatureLabel]:
     """Labels found on one text and scored on the other."""
-    highest = torch.stack(
-        [codec.encode(chunk).amax(dim=0) for chunk in _chunks(codec, training)]
-    ).amax(dim=0)
+    highest = torch.stack([codes.amax(dim=0) for codes in _codes(dictionary, training)]).amax(dim=0)
     threshold = (SHARE * highest).clamp(min=1e-12)
-    sizes = {"d_sae": codec.d_sae, "n_concepts": len(concepts)}
+    sizes = {"d_sae": dictionary.card.d_sae, "n_concepts": len(concepts)}
     chosen = best_concepts(
-        *count_firings(_fires(codec, training, threshold), training.concepts, **sizes)
+        *count_firings(_fires(dictionary, training, threshold), training.concepts, **sizes)
     )
     hits, fired, held = count_firings(
-        _fires(codec, held_out, threshold), held_out.concepts, **sizes
+        _fires(dictionary, held_out, threshold), held_out.concepts, **sizes
     )
-    top = _top_tokens(codec, training)
+    top = _top_tokens(dictionary, training)
     labels = []
     for feature, place in enumerate(chosen.tolist()):
         alive = bool(highest[feature] > 0)
         kind, name = concepts[place] if alive else (None, None)
         right, n = int(hits[feature, place]), int(fired[feature])
+        precision = right / max(1, n)
         labels.append(
             FeatureLabel(
                 feature=feature,
                 label=name,
                 kind=kind,
-                precision=right / max(1, n),
+                precise=is_precise(precision, n),
+                precision=precision,
                 recall=right / max(1, int(held[place])),
                 n_firings=n,
                 top=top[feature] if alive else (),
@@ -135,27 +144,17 @@ def summarise(labels: Sequence[FeatureLabel]) -> dict[str, Any]:
 
 def save_labels(labels: Sequence[FeatureLabel], folder: Path) -> None:
     """Write labels.json: one row for each feature, in order."""
-    columns = ["label", "kind", "precision", "recall", "n_firings", "top"]
     rows = [
         [
-            *(each.label, each.kind, round(each.precision, 3), round(each.recall, 3)),
-            *(each.n_firings, list(each.top)),
+            *(each.label, each.kind, each.precise, round(each.precision, 3)),
+            *(round(each.recall, 3), each.n_firings, list(each.top)),
         ]
         for each in labels
     ]
-    head = json.dumps({"share": SHARE, "summary": summarise(labels), "columns": columns})
+    head = json.dumps({"share": SHARE, "summary": summarise(labels), "columns": COLUMNS})
     body = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
     text = f'{head[:-1]}, "rows": [\n{body}\n]}}\n'
     (folder / LABELS).write_text(text, encoding="utf-8")
-
-
-def load_labels(folder: Path) -> list[FeatureLabel]:
-    """The labels of a dictionary's folder."""
-    rows = json.loads((folder / LABELS).read_text(encoding="utf-8"))["rows"]
-    return [
-        FeatureLabel(feature, label, kind, precision, recall, n_firings, tuple(top))
-        for feature, (label, kind, precision, recall, n_firings, top) in enumerate(rows)
-    ]
 
 
 def _labelled(
@@ -174,27 +173,28 @@ def _labelled(
     return LabelledText(activations.resid, concept_table(per_token, found), strings), found
 
 
-def _chunks(codec: Codec, text: LabelledText) -> Iterator[Float[Tensor, "layer token d_model"]]:
-    return iter(torch.split(text.resid[list(codec.layers)], _CHUNK, dim=1))
+def _codes(dictionary: Dictionary, text: LabelledText) -> Iterator[Float[Tensor, "batch d_sae"]]:
+    for x in token_chunks(text.resid, dictionary.card.layers):
+        yield dictionary.encode(x).codes
 
 
 def _fires(
-    codec: Codec, text: LabelledText, threshold: Float[Tensor, " d_sae"]
+    dictionary: Dictionary, text: LabelledText, threshold: Float[Tensor, " d_sae"]
 ) -> Iterator[tuple[Int[Tensor, " firing"], Int[Tensor, " firing"]]]:
-    for number, chunk in enumerate(_chunks(codec, text)):
-        token, feature = (codec.encode(chunk) >= threshold).nonzero(as_tuple=True)
-        yield token + number * _CHUNK, feature
+    for number, codes in enumerate(_codes(dictionary, text)):
+        token, feature = (codes >= threshold).nonzero(as_tuple=True)
+        yield token + number * CHUNK, feature
 
 
-def _top_tokens(codec: Codec, text: LabelledText) -> list[tuple[str, ...]]:
+def _top_tokens(dictionary: Dictionary, text: LabelledText) -> list[tuple[str, ...]]:
     """By feature the three commonest of the tokens, each behind the one before, with its 20 largest
     codes."""
-    values = torch.zeros(0, codec.d_sae)
-    places = torch.zeros(0, codec.d_sae, dtype=torch.long)
-    for number, chunk in enumerate(_chunks(codec, text)):
-        best = codec.encode(chunk).topk(min(_TOP, chunk.shape[1]), dim=0)
+    values = torch.zeros(0, dictionary.card.d_sae)
+    places = torch.zeros(0, dictionary.card.d_sae, dtype=torch.long)
+    for number, codes in enumerate(_codes(dictionary, text)):
+        best = codes.topk(min(_TOP, len(codes)), dim=0)
         values = torch.cat([values, best.values])
-        places = torch.cat([places, best.indices + number * _CHUNK])
+        places = torch.cat([places, best.indices + number * CHUNK])
         kept = values.topk(min(_TOP, len(values)), dim=0)
         values, places = kept.values, places.gather(0, kept.indices)
     return [
@@ -229,8 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out, _ = _labelled(model, held_out_documents(options.n_held_out), concepts)
     for folder in shipped_dictionaries(options.dictionaries):
         card = load_card(folder)
-        require_model(card, model)
-        labels = label_features(open_dictionary(folder), training, held_out, concepts)
+        labels = label_features(open_dictionary(folder, model), training, held_out, concepts)
         save_labels(labels, folder)
         summary = {
             "training_tokens": len(training.strings),

@@ -12,33 +12,35 @@ features on what the live ones leave (Gao et al. 2024, arXiv 2406.04093). After 
 threshold is the value that k codes a token exceed on training text; at inference f_i = a_i where
 a_i n_i > threshold (Bussmann et al. 2024, arXiv 2412.06410).
 
-Written in the layout of `crosscoder_layout`. A run takes a quarter of an hour and is not resumed.
+Written by `save_crosscoder`, the matrices in float16, which the threshold is found with. A run
+takes a quarter of an hour and is not resumed.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_lens.atlas import DICTIONARIES
-from fusion_lens.atlas.crosscoder_layout import (
-    Normaliser,
-    Trained,
+from fusion_lens.atlas.crosscoder_weights import (
+    STORED,
     Weights,
     code_norms,
-    halved,
-    save_layout,
+    init_weights,
+    to_crosscoder,
 )
-from fusion_lens.atlas.dictionary_activations import shuffled_batches
+from fusion_lens.atlas.dictionary_activations import shuffled_batches, token_chunks
 from fusion_lens.atlas.dictionary_cards import CROSSCODER, save_card
-from fusion_lens.atlas.train_saes import model_metadata, record_training_text
+from fusion_lens.atlas.train_saes import record_training_text
+from fusion_lens.crosscoder_files import save_crosscoder
+from fusion_lens.crosscoders import Crosscoder, Normaliser, make_normaliser
+from fusion_lens.dictionaries import Card
 from fusion_lens.errors import ConfigError
 from fusion_lens.models import HookedModel, identify, load_model, resid_post
 
@@ -76,24 +78,7 @@ def fit_normaliser(resid: Float[Tensor, "layer token d_model"]) -> Normaliser:
     """Mean and standard deviation of every unit of every layer."""
     mean = torch.stack([layer.float().mean(dim=0) for layer in resid])
     std = torch.stack([layer.float().std(dim=0) for layer in resid])
-    return Normaliser(mean, std, sqrt(resid.shape[-1]))
-
-
-def init_weights(n_layers: int, d_model: int, d_sae: int, seed: int) -> Weights:
-    """Random decoder directions of norm 0.1 in each layer, and the encoder their transpose."""
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(d_sae, n_layers, d_model, generator=generator)
-    directions = 0.1 * directions / directions.norm(dim=-1, keepdim=True)
-    decoder = directions.flatten(1)
-    weights = Weights(
-        encoder=decoder.T.clone().contiguous(),
-        encoder_bias=torch.zeros(d_sae),
-        decoder=decoder,
-        decoder_bias=torch.zeros(n_layers * d_model),
-    )
-    for tensor in weights.trained:
-        tensor.requires_grad_(True)
-    return weights
+    return make_normaliser(mean, std, target_rms=sqrt(resid.shape[-1]))
 
 
 def train_crosscoder(
@@ -107,7 +92,7 @@ def train_crosscoder(
     silent = torch.zeros(config.d_sae, dtype=torch.long)
     batches = shuffled_batches(resid, config.batch_size, seed=config.seed)
     for step in range(steps):
-        x = normaliser(next(batches)).flatten(1)
+        x = normaliser.normalise(next(batches)).flatten(1)
         loss, explained, fired = _loss(config, weights, x, silent > config.dead_after, n_layers)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights.trained, 1.0)
@@ -124,23 +109,37 @@ def train_crosscoder(
     return weights
 
 
-def estimate_threshold(
-    weights: Weights, x: Float[Tensor, "batch width"], k: int, n_layers: int
-) -> float:
-    """The value that `k` normalised codes a token exceed, over all of `x`."""
-    norms = code_norms(weights.decoder, n_layers)
-    codes = [
-        (chunk @ weights.encoder + weights.encoder_bias).relu() * norms
-        for chunk in torch.split(x, 4096)
-    ]
-    flat = torch.cat([chunk.flatten() for chunk in codes])
-    return float(flat.kthvalue(flat.numel() - k * len(x)).values)
+def with_threshold(
+    crosscoder: Crosscoder, resid: Float[Tensor, "layer token d_model"], k: int
+) -> Crosscoder:
+    """The crosscoder with the threshold that `k` normalised codes a token exceed, over `resid`."""
+    norms = crosscoder.code_norms
+    flat = torch.cat(
+        [
+            (crosscoder.encode(chunk).codes * norms).flatten()
+            for chunk in token_chunks(resid, crosscoder.card.layers)
+        ]
+    )
+    place = flat.numel() - k * resid.shape[1]
+    return replace(crosscoder, threshold=float(flat.kthvalue(place).values), k=k)
 
 
-def crosscoder_metadata(model: HookedModel) -> dict[str, Any]:
-    """What config.json says beside the numbers."""
-    hooks = [resid_post(layer) for layer in range(int(model.cfg.n_layers))]
-    return {"hook_names": hooks, **model_metadata(model)}
+def crosscoder_card(model: HookedModel, d_sae: int) -> Card:
+    """What the crosscoder's file says beside the numbers."""
+    identity = identify(model)
+    layers = tuple(range(identity.n_layers))
+    return Card(
+        name=CROSSCODER,
+        layers=layers,
+        hook_names=tuple(resid_post(layer) for layer in layers),
+        d_model=identity.d_model,
+        d_sae=d_sae,
+        model_name=identity.name,
+        prepend_bos=True,
+        trained_on_bos=False,
+        weights=identity.weights,
+        embedding=identity.embedding,
+    )
 
 
 def _loss(
@@ -187,19 +186,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = CrosscoderConfig(**options)
     model = load_model()
     resid = record_training_text(model, config.n_documents, config.seed)
-    n_layers, n_tokens, _ = resid.shape
+    n_tokens = resid.shape[1]
     print(f"{n_tokens} tokens of {config.n_documents} documents", flush=True)
     normaliser = fit_normaliser(resid)
-    weights = halved(train_crosscoder(config, resid, normaliser))
-    sample = resid[:, -_THRESHOLD_TOKENS:].float().transpose(0, 1)
-    threshold = estimate_threshold(weights, normaliser(sample).flatten(1), config.k, n_layers)
-    trained = Trained(weights, normaliser, config.k, threshold)
-    save_layout(trained, folder, crosscoder_metadata(model))
+    weights = train_crosscoder(config, resid, normaliser)
+    card = crosscoder_card(model, config.d_sae)
+    crosscoder = to_crosscoder(weights, normaliser, card)
+    crosscoder = with_threshold(crosscoder, resid[:, -_THRESHOLD_TOKENS:], config.k)
+    save_crosscoder(crosscoder, folder, dtype=STORED)
     save_card(
         folder,
         {
             "model": asdict(identify(model)),
-            "hook_names": [resid_post(layer) for layer in range(n_layers)],
+            "hook_names": list(card.hook_names),
             "recipe": {"trainer": "BatchTopK crosscoder", **asdict(config)},
             "training_tokens": n_tokens,
             "versions": {"torch": version("torch")},

@@ -13,7 +13,6 @@ after an interruption. A layer depends on the seed and not on the layers before 
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -36,10 +35,10 @@ from fusion_lens.atlas.dictionary_cards import sae_name, save_card
 from fusion_lens.atlas.dictionary_text import draw_side_documents, make_side
 from fusion_lens.atlas.world import WORLD_SEED, make_world
 from fusion_lens.errors import ConfigError, MissingExtraError
-from fusion_lens.models import HookedModel, identify, load_model, resid_post
+from fusion_lens.models import HookedModel, ModelIdentity, identify, load_model, resid_post
+from fusion_lens.sae_files import WEIGHTS, seal_sae
 
 MATRICES = ("W_enc", "W_dec")
-WEIGHTS = "sae_weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,35 +111,27 @@ def train_sae(
         return trainer.fit()
 
 
-def save_sae(sae: Any, folder: Path) -> None:
-    """Write sae-lens' inference folder, its two matrices in float16."""
+def save_sae(sae: Any, folder: Path, model: ModelIdentity) -> None:
+    """Write sae-lens' inference folder, its two matrices in float16, and seal it."""
     sae.save_inference_model(folder)
     path = folder / WEIGHTS
     tensors = load_file(path)
     save_file({name: _stored(name, tensor) for name, tensor in tensors.items()}, path)
     path.chmod(0o644)  # safetensors writes files that only their owner can read
-    config = folder / "cfg.json"
-    text = json.dumps(json.loads(config.read_text(encoding="utf-8")), indent=2)
-    config.write_text(text + "\n", encoding="utf-8")
+    seal_sae(folder, model)
 
 
 def sae_metadata(model: HookedModel, layer: int) -> dict[str, Any]:
-    """What sae-lens' config says beside the numbers."""
-    return {"hook_name": resid_post(layer), **model_metadata(model)}
-
-
-def model_metadata(model: HookedModel) -> dict[str, Any]:
-    """Which model a dictionary is of, and on which tokens it was trained."""
+    """What sae-lens' config says beside the numbers: of which model, trained on which tokens."""
     identity = identify(model)
     return {
+        "hook_name": resid_post(layer),
         "model_name": identity.name,
         "prepend_bos": True,
         "exclude_special_tokens": True,
         "context_size": int(model.cfg.n_ctx),
         "dataset_path": "fusion_lens.atlas.dictionary_text",
         "model_processing": identity.processing,
-        "model_weights": identity.weights,
-        "model_embedding": identity.embedding,
     }
 
 
@@ -181,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{resid.shape[1]} tokens of {config.n_documents} documents", flush=True)
     for layer in left:
         sae = train_sae(config, resid[layer], sae_metadata(model, layer))
-        save_sae(sae, out / sae_name(layer))
+        save_sae(sae, out / sae_name(layer), identify(model))
         save_card(
             out / sae_name(layer),
             {

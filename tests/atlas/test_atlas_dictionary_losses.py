@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from codecs_by_hand import identity_codec
+from dictionaries_by_hand import identity_sae
 
 from fusion_lens.atlas.corpus import Document
 from fusion_lens.atlas.dictionary_activations import record_tokens, tokenize_documents
@@ -24,8 +24,8 @@ def test_a_perfect_dictionary_costs_nothing_and_an_empty_one_is_the_ablation(
 ):
     untouched(atlas)
     means = record_tokens(atlas, rows).resid.mean(dim=1)
-    perfect = identity_codec(192, layers=(3,))
-    empty = replace(perfect, threshold=torch.full((384,), 1e9), mean=means[3:4])
+    perfect = identity_sae(192, layer=3)
+    empty = replace(perfect, threshold=torch.full((384,), 1e9), b_dec=means[3])
     losses = spliced_losses({"perfect": perfect, "empty": empty}, atlas, rows, means)
     assert losses.n_tokens == sum(len(row) - 2 for row in rows)
     assert losses.spliced["perfect", 3] == pytest.approx(losses.clean, abs=1e-3)

@@ -1,8 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from codecs_by_hand import identity_codec
+from dictionaries_by_hand import identity_sae
 
 from fusion_lens.atlas import DICTIONARIES
 from fusion_lens.atlas.concepts import concept_table
@@ -11,12 +12,13 @@ from fusion_lens.atlas.dictionary_quality import shipped_dictionaries
 from fusion_lens.atlas.feature_labels import (
     FeatureLabel,
     LabelledText,
+    is_precise,
     label_features,
-    load_labels,
     save_labels,
     summarise,
 )
 from fusion_lens.atlas.token_truth import KINDS
+from fusion_lens.shelves import Label, read_labels
 
 CONCEPTS = [("entity", "month May"), ("token", "' lake'")]
 
@@ -35,6 +37,17 @@ def text_of(rows):
     )
 
 
+def written(folder):
+    """All that is in a folder's labels.json: labels and summary."""
+    content = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    labels = [
+        FeatureLabel(feature, **{**row, "top": tuple(row["top"])})
+        for feature, row in enumerate(rows)
+    ]
+    return labels, content["summary"]
+
+
 # unit 0 is on at May, a little at the; unit 1 is on at lake
 TRAINING = text_of([(4.0, 0.0, "May"), (1.0, 0.0, "the"), (0.0, 2.0, "lake"), (3.0, 0.0, "May")])
 # of 12 firings of unit 0 one is wrong, one May is missed; of unit 1 there are two
@@ -46,7 +59,7 @@ HELD_OUT = text_of(
 
 @pytest.fixture(scope="module")
 def labels():
-    return label_features(identity_codec(2), TRAINING, HELD_OUT, CONCEPTS)
+    return label_features(identity_sae(2), TRAINING, HELD_OUT, CONCEPTS)
 
 
 def test_a_label_is_found_in_training_text_and_scored_on_held_out_text(labels):
@@ -76,24 +89,27 @@ def test_the_summary_counts_live_scored_and_precise_features(labels):
 
 
 def test_few_firings_or_many_wrong_ones_are_not_precise():
-    assert not FeatureLabel(0, "a", "token", 1.0, 1.0, n_firings=9, top=()).precise
-    assert not FeatureLabel(0, "a", "token", 0.89, 1.0, n_firings=99, top=()).precise
+    assert is_precise(0.9, n_firings=10)
+    assert not is_precise(1.0, n_firings=9)
+    assert not is_precise(0.89, n_firings=99)
 
 
 def test_labels_are_read_as_they_were_written(labels, tmp_path):
     save_labels(labels, tmp_path)
-    read = load_labels(tmp_path)
-    assert [(each.label, each.kind, each.n_firings, each.top) for each in read] == [
-        (each.label, each.kind, each.n_firings, each.top) for each in labels
+    assert written(tmp_path)[0] == [
+        replace(each, precision=round(each.precision, 3), recall=round(each.recall, 3))
+        for each in labels
     ]
+    assert read_labels(tmp_path) == {
+        0: Label("month May", "entity", True),
+        1: Label("' lake'", "token", False),
+    }
 
 
 @pytest.mark.parametrize("folder", shipped_dictionaries(DICTIONARIES), ids=lambda path: path.name)
 def test_shipped_labels_are_one_a_feature_and_the_cards_summary_is_theirs(folder):
-    labels, card = load_labels(folder), load_card(folder)
+    labels, summary = written(folder)
+    card = load_card(folder)
     assert len(labels) == card["held_out"]["d_sae"]
     assert {each.kind for each in labels} - {None} <= set(KINDS)
-    written = json.loads((folder / "labels.json").read_text(encoding="utf-8"))["summary"]
-    assert {key: card["labels"][key] for key in written} == written
-    # precision is rounded to three digits in the file
-    assert abs(summarise(labels)["precise"] - written["precise"]) <= 3
+    assert summarise(labels) == summary == {key: card["labels"][key] for key in summary}

@@ -1,21 +1,20 @@
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fusion_lens.atlas.crosscoder_layout import Trained, code_norms, halved, save_layout
-from fusion_lens.atlas.dictionary_cards import save_card
-from fusion_lens.atlas.dictionary_codec import open_dictionary
+from fusion_lens.atlas.crosscoder_weights import STORED, code_norms, init_weights, to_crosscoder
 from fusion_lens.atlas.dictionary_quality import reconstruction
 from fusion_lens.atlas.train_crosscoder import (
     CrosscoderConfig,
-    estimate_threshold,
+    crosscoder_card,
     fit_normaliser,
-    init_weights,
     train_crosscoder,
+    with_threshold,
 )
+from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
+from fusion_lens.dictionaries import Card
 from fusion_lens.errors import ConfigError
+from fusion_lens.models import identify, resid_post
 
 SMALL = CrosscoderConfig(d_sae=48, k=4, n_samples=60_000, batch_size=256, dead_after=20, k_aux=4)
 N_LAYERS = 3
@@ -34,38 +33,59 @@ def sparse_data(n=4000, d_model=12, n_directions=24):
 def trained():
     resid = sparse_data()
     normaliser = fit_normaliser(resid)
-    return halved(train_crosscoder(SMALL, resid, normaliser)), normaliser
+    return train_crosscoder(SMALL, resid, normaliser), normaliser
+
+
+@pytest.fixture(scope="module")
+def crosscoder(trained):
+    layers = tuple(range(N_LAYERS))
+    card = Card("toy", layers, tuple(map(resid_post, layers)), d_model=12, d_sae=48)
+    return with_threshold(to_crosscoder(*trained, card), sparse_data(), SMALL.k)
 
 
 def test_training_is_deterministic(trained):
-    again = halved(train_crosscoder(SMALL, sparse_data(), trained[1]))
+    again = train_crosscoder(SMALL, sparse_data(), trained[1])
     assert all(torch.equal(*pair) for pair in zip(again.trained, trained[0].trained, strict=True))
 
 
-def test_the_saved_layout_reconstructs_every_layer_with_k_codes_a_token(trained, tmp_path):
+def test_what_was_trained_is_what_the_crosscoder_computes(trained, crosscoder):
     weights, normaliser = trained
-    resid = sparse_data()
-    x = normaliser(resid.transpose(0, 1)).flatten(1)
-    threshold = estimate_threshold(weights, x, SMALL.k, N_LAYERS)
-    save_layout(Trained(weights, normaliser, SMALL.k, threshold), tmp_path, {"model_name": "toy"})
-    names = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
-    save_card(tmp_path, {"model": {"n_layers": N_LAYERS}, "hook_names": names})
-    explained, l0, _ = reconstruction(open_dictionary(tmp_path), resid)
+    x = sparse_data(50).transpose(0, 1)
+    inputs = normaliser.normalise(x).flatten(1)
+    active = (inputs @ weights.encoder + weights.encoder_bias).relu()
+    norms = code_norms(weights.decoder, N_LAYERS)
+    codes = active * (active * norms > crosscoder.threshold)
+    # the weights are rounded to float16
+    torch.testing.assert_close(crosscoder.code_norms, norms, atol=1e-3, rtol=1e-3)
+    relative = (crosscoder.encode(x).codes - codes).norm() / codes.norm()
+    assert relative < 0.01
+    decoded = normaliser.normalise(crosscoder.reconstruct(x)).flatten(1)
+    expected = crosscoder.encode(x).codes @ weights.decoder + weights.decoder_bias
+    torch.testing.assert_close(decoded, expected, atol=5e-3, rtol=1e-2)
+
+
+def test_the_saved_file_reconstructs_every_layer_with_k_codes_a_token(crosscoder, tmp_path):
+    save_crosscoder(crosscoder, tmp_path, dtype=STORED)
+    loaded = load_crosscoder(tmp_path)
+    for name in ("encoder_weight", "decoder_weight", "encoder_bias", "decoder_bias"):
+        assert torch.equal(getattr(loaded, name), getattr(crosscoder, name))
+    assert (loaded.threshold, loaded.k) == (crosscoder.threshold, SMALL.k)
+    assert load_file(tmp_path / "model.safetensors")["decoder.weight"].dtype == torch.float16
+    explained, l0, _ = reconstruction(loaded, sparse_data())
     assert min(explained) > 0.8
     assert l0 == pytest.approx(SMALL.k, abs=0.01)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert tuple(tensors["encoder.weight"].shape) == (3, 12, 48)
-    assert tuple(tensors["decoder.weight"].shape) == (3, 48, 12)
-    assert tensors["decoder.weight"].dtype == torch.float16
-    assert int(tensors["code_normalization_id"]) == 1
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert (config["dict_size"], config["k"]) == (48, 4)
-    assert config["metadata"] == {"model_name": "toy"}
+
+
+def test_the_card_names_the_hooks_and_the_model(atlas):
+    card, identity = crosscoder_card(atlas, 832), identify(atlas)
+    assert (card.layers, card.d_model, card.d_sae) == (tuple(range(6)), 192, 832)
+    assert card.hook_names == tuple(f"blocks.{layer}.hook_resid_post" for layer in range(6))
+    assert (card.weights, card.embedding) == (identity.weights, identity.embedding)
 
 
 def test_every_layer_has_the_same_variance_when_normalised():
     resid = sparse_data()
-    x = fit_normaliser(resid)(resid.transpose(0, 1))
+    x = fit_normaliser(resid).normalise(resid.transpose(0, 1))
     torch.testing.assert_close(x.var(dim=0).sum(dim=-1), torch.full((3,), 12.0))
     torch.testing.assert_close(x.mean(dim=0), torch.zeros(3, 12), atol=1e-5, rtol=0)
 

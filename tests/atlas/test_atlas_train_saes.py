@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fusion_lens.atlas.dictionary_cards import save_card
-from fusion_lens.atlas.dictionary_codec import open_dictionary
 from fusion_lens.atlas.dictionary_quality import reconstruction
 from fusion_lens.atlas.train_saes import SaeConfig, sae_metadata, save_sae, train_sae
 from fusion_lens.errors import ConfigError
+from fusion_lens.models import identify
+from fusion_lens.sae_files import load_sae_folder
 
 # sae-lens and what it imports raise DeprecationWarnings of their own (6.54, November 2026)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -27,8 +27,7 @@ def sparse_data(n=4000, d_model=12, n_directions=24, seed=0):
 def saved(tmp_path_factory, atlas):
     pytest.importorskip("sae_lens")
     folder = tmp_path_factory.mktemp("saes") / "sae_layer_2"
-    save_sae(train_sae(SMALL, sparse_data(), sae_metadata(atlas, 2)), folder)
-    save_card(folder, {"model": {"n_layers": 6}, "hook_names": ["blocks.2.hook_resid_post"]})
+    save_sae(train_sae(SMALL, sparse_data(), sae_metadata(atlas, 2)), folder, identify(atlas))
     return folder
 
 
@@ -39,7 +38,7 @@ def test_training_is_deterministic_leaves_the_generator_and_reconstructs(saved, 
     kept = load_file(saved / "sae_weights.safetensors")["b_dec"]
     assert torch.equal(again.b_dec.detach(), kept)
     resid = sparse_data(seed=0).expand(6, -1, -1)
-    [explained], l0, _ = reconstruction(open_dictionary(saved), resid)
+    [explained], l0, _ = reconstruction(load_sae_folder(saved), resid)
     assert explained > 0.6
     assert l0 < 5
 
@@ -47,12 +46,12 @@ def test_training_is_deterministic_leaves_the_generator_and_reconstructs(saved, 
 def test_sae_lens_opens_the_folder_and_gives_the_same_codes(saved):
     from sae_lens import SAE
 
-    sae, codec, resid = SAE.load_from_disk(saved), open_dictionary(saved), sparse_data(seed=1)
+    sae, own, resid = SAE.load_from_disk(saved), load_sae_folder(saved), sparse_data(seed=1)
     with torch.no_grad():
         codes = sae.encode(resid)
         decoded = sae.decode(codes)
-    torch.testing.assert_close(codec.encode(resid[None]), codes)
-    torch.testing.assert_close(codec.decode(codes)[0], decoded)
+    torch.testing.assert_close(own.encode(resid[:, None]).codes, codes)
+    torch.testing.assert_close(own.reconstruct(resid[:, None])[:, 0], decoded)
 
 
 def test_the_folder_holds_halved_matrices_and_says_what_it_is_for(saved, atlas):
@@ -68,7 +67,10 @@ def test_the_folder_holds_halved_matrices_and_says_what_it_is_for(saved, atlas):
     assert metadata["hook_name"] == "blocks.2.hook_resid_post"
     assert metadata["model_name"] == "atlas"
     assert metadata["prepend_bos"] is metadata["exclude_special_tokens"] is True
-    assert len(metadata["model_weights"]) == 64
+    assert len(metadata["sha256"]) == 64
+    card, identity = load_sae_folder(saved).card, identify(atlas)
+    assert (card.layers, card.prepend_bos, card.trained_on_bos) == ((2,), True, False)
+    assert (card.weights, card.embedding) == (identity.weights, identity.embedding)
 
 
 def test_more_codes_than_features_are_refused():
