@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,9 @@ from types import ModuleType
 import pytest
 
 from fusion_lens.atlas import QUESTIONS
-from fusion_lens.questions import load_questions, save_questions
+from fusion_lens.preparation import TuningConfig
+from fusion_lens.questions import Question, load_questions, save_questions
+from fusion_lens.search import SearchConfig
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -66,3 +69,49 @@ def test_a_long_measurement_counts_its_rows_and_its_memory(script, tmp_path: Pat
     save_questions(load_questions(QUESTIONS)[:3], path)
     # the baseline and five trials under each of two arms, after an explanation
     assert long.one_run(path, 2)["rows"] == 2 * (1 + 1 + 2 * 5)
+
+
+def test_the_bench_of_features_takes_plans_apart(
+    script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = script("features")
+    monkeypatch.setattr(sys, "argv", ["features.py", "4", str(tmp_path)])
+    monkeypatch.setattr(features, "SHELVES", ("atlas-crosscoder",))
+    monkeypatch.setattr(
+        features, "TuningConfig", lambda: TuningConfig(search=SearchConfig(trials=10))
+    )
+    features.main()
+    result = json.loads((tmp_path / "features.json").read_text())
+    measured = result["atlas-crosscoder"]
+    assert measured["n"] + result["zero_plans"] == result["questions"] == 4
+    assert measured["largest_gap"] < 1e-4
+    assert measured["relative_error"] > 0
+    curve = measured["faithfulness"]["curves"]["question"]
+    assert curve["parts"]["full"]["of_full"]["mean"] == 1.0
+    assert [each["k"] for each in curve["top"]] == [1, 2, 5, 10, 20, 50]
+    assert {rule["comparison"]["a"] for rule in measured["named"].values()} == {"own"}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "precise", "hits"),
+    [
+        ("month March", "entity", True, (True, True, True)),
+        ("month March", "entity", False, (True, False, False)),
+        ("month May", "entity", True, (False, False, False)),
+        ("' March'", "token", True, (False, False, True)),
+        ("before ' March'", "next", False, (False, False, False)),
+    ],
+)
+def test_a_label_names_the_answer_by_its_rule(script, text, kind, precise, hits) -> None:
+    features = script("features")
+    label = features.Label(text, kind, precise)
+    assert tuple(rule(label, "3 March 1901") for rule in features.RULES.values()) == hits
+
+
+def test_gold_answers_that_pass_for_anothers_are_counted_in_both_orders(script) -> None:
+    pairs = script("judge_pairs")
+    golds = [
+        pairs.Gold.of(Question(str(n), "When?", text))
+        for n, text in enumerate(["1990", "March 3, 1990", "Ada Lovelace", "Ada", "7"])
+    ]
+    assert list(pairs.ambiguous_pairs(golds)) == [(0, 1), (1, 0), (2, 3), (3, 2)]
