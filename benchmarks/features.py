@@ -17,6 +17,7 @@ Questions whose search ends with the zero plan have nothing to take apart; they 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from fusion_lens.attribution import Attribution, attribute
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.faithfulness import Case, Faithfulness, faithfulness
 from fusion_lens.feature_plots import plot_faithfulness
+from fusion_lens.golds import FUNCTION_WORDS
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.pictures import write_figures
@@ -37,11 +39,12 @@ from fusion_lens.plans import make_plan, thirds
 from fusion_lens.preparation import with_engine_shape
 from fusion_lens.scores import words
 from fusion_lens.shelves import Label, Shelved, open_dictionaries
-from fusion_lens.statistics import compare
+from fusion_lens.statistics import compare, holm
 from fusion_lens.teacher_forcing import Text
 from fusion_lens.tuning import Job, TunedPlan, tune_jobs
 
 FOLDER = Path(__file__).parent
+_QUOTED = re.compile(r"'([^']*)'")
 TOP = 10
 SHELVES = ("atlas-sae", "atlas-crosscoder")
 
@@ -67,8 +70,11 @@ def names_gold_precisely(label: Label, answer: str) -> bool:
 
 
 def tells_gold(label: Label, answer: str) -> bool:
-    """Whether a precise label of any kind, a mere token among them, spells a word of the answer."""
-    return label.precise and bool({*words(label.text)} & {*words(answer)})
+    """Whether a precise label spells a word of the answer, be it as a mere token (`' March'`,
+    `before ' March'`); function words do not count."""
+    told = {word for quoted in _QUOTED.findall(label.text) for word in words(quoted)}
+    shared = told & ({*words(answer)} - FUNCTION_WORDS)
+    return label.precise and (bool(shared) or names_gold(label, answer))
 
 
 RULES = {
@@ -79,11 +85,13 @@ RULES = {
 
 
 def is_named(found: Attribution, shelved: Sequence[Shelved], answer: str, rule: Any) -> bool:
-    """Whether the rule holds for one of the ten largest features of any of the dictionaries."""
+    """Whether the rule holds for one of the ten largest features of any of the dictionaries, and
+    there is more of it."""
     labels = {each.dictionary.card.name: each.labels for each in shelved}
     top = (each for effects in found.effects for each in effects.top(TOP))
     return any(
-        each.feature in labels[each.dictionary]
+        each.effect > 0
+        and each.feature in labels[each.dictionary]
         and rule(labels[each.dictionary][each.feature], answer)
         for each in top
     )
@@ -95,7 +103,7 @@ def named_shares(
     plans: Sequence[TunedPlan],
     lenders: Lenders,
 ) -> dict[str, Any]:
-    """Own against mismatched delta, by both rules."""
+    """Own against mismatched delta, by every rule."""
     dictionaries = [each.dictionary for each in shelved]
     own, lent = [], []
     for tuned in plans:
@@ -116,7 +124,8 @@ def named_shares(
             ]
             for side in found
         ]
-        subjects = [tuned.job.prepared.question.subject or "" for tuned in plans]
+        asked = [tuned.job.prepared.question for tuned in plans]
+        subjects = [question.subject or question.id for question in asked]
         comparison = compare(
             *hits,
             subjects,
@@ -129,7 +138,7 @@ def named_shares(
         made[name] = {
             "own": shares[0],
             "mismatched": shares[1],
-            "comparison": asdict(comparison),
+            "comparison": comparison,
         }
     return made
 
@@ -149,17 +158,36 @@ def markdown(name: str, result: dict[str, Any], measured: Faithfulness) -> str:
     lines = [
         f"**{name}**, n = {result['n']}",
         "",
-        "| part | nats | of the plan's effect | above random |",
-        "| --- | ---: | ---: | ---: |",
+        "| part | nats | of the plan's | random: nats | of the plan's | above random |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for part in ("full", "without error", "error"):
         nats, ratio = measured.interval(part), measured.ratio(part)
-        lines.append(f"| {part} | {_shown(nats)} | {_shown(ratio, '{:.0%}')} | |")
+        lines.append(f"| {part} | {_shown(nats)} | {_shown(ratio, '{:.0%}')} | | | |")
     for k in sorted({gain.k for gain in measured.gains} - {0}):
-        nats, ratio = measured.interval("top", k), measured.ratio("top", k)
-        margin = measured.margin(k)
-        lines.append(f"| top {k} | {_shown(nats)} | {_shown(ratio, '{:.0%}')} | {_shown(margin)} |")
+        cells = [
+            *(_shown(measured.interval("top", k)), _shown(measured.ratio("top", k), "{:.0%}")),
+            *(
+                _shown(measured.interval("random", k)),
+                _shown(measured.ratio("random", k), "{:.0%}"),
+            ),
+            _shown(measured.margin(k)),
+        ]
+        lines.append(f"| top {k} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def correct(result: dict[str, Any]) -> None:
+    """Holm's correction over all rules and dictionaries, and a line for each."""
+    named = [(name, rule, own) for name in SHELVES for rule, own in result[name]["named"].items()]
+    for (name, rule, own), comparison in zip(
+        named, holm([own["comparison"] for _, _, own in named]), strict=True
+    ):
+        own["comparison"] = asdict(comparison)
+        print(
+            f"{name}, {rule}: {own['own']:.1%} own, {own['mismatched']:.1%} mismatched, p ", end=""
+        )
+        print(f"{comparison.p:.2g}, corrected {comparison.p_holm:.2g}")
 
 
 def _shown(interval: Any, form: str = "{:+.2f}") -> str:
@@ -199,15 +227,11 @@ def main() -> None:
                 "faithfulness": measured.to_dict(),
             }
             print(markdown(name, result[name], measured))
-            for rule, own in result[name]["named"].items():
-                print(
-                    f"\n{rule}: {own['own']:.1%} own, {own['mismatched']:.1%} mismatched, p ",
-                    end="",
-                )
-                print(f"{own['comparison']['p']:.2g}")
-            print(f"\nrank correlation {_shown(measured.correlation)}\n", flush=True)
+            print(f"\nrank correlation {_shown(measured.correlation)}; random contributions")
+            print(f"multiplied by {measured.factors}\n", flush=True)
             figure = replace(plot_faithfulness(measured), name=f"features_{name}")
             write_figures([figure], out, html=False)
+    correct(result)
     result["seconds"] = round(time.perf_counter() - began, 1)
     (out / "features.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import chain
 from typing import Any
 
@@ -35,6 +36,7 @@ from fusion_lens.teacher_forcing import Text, record_streams
 
 KINDS = ("injected", "total")
 
+_ROWS_SHOWN = 10
 _SHOWN = ("dictionary", "layer", "feature", "effect", "share", "label")
 
 
@@ -97,18 +99,15 @@ class Effects:
         return self.contributions.sum(dim=0) + self.offset
 
     @property
-    def relative_error(self) -> float:
-        """|error| / |delta|."""
-        return float(self.error.norm() / self.delta.norm())
+    def relative_error(self) -> float | None:
+        """|error| / |delta|; None of a change that is 0."""
+        return _over(float(self.error.norm()), float(self.delta.norm()))
 
     @property
-    def cosine(self) -> float:
-        """Between the change and what is explained of it."""
-        return float(
-            torch.nn.functional.cosine_similarity(
-                self.explained.flatten(), self.delta.flatten(), dim=0
-            )
-        )
+    def cosine(self) -> float | None:
+        """Between the change and what is explained of it; None where either is 0."""
+        norms = float(self.explained.norm()) * float(self.delta.norm())
+        return _over(float((self.explained * self.delta).sum()), norms)
 
     @property
     def gap(self) -> float:
@@ -190,16 +189,30 @@ class Attribution:
             "not_covered": list(self.not_covered),
         }
 
-    @property
-    def relative_error(self) -> float:
-        """|error| / |delta| over all layers that are covered."""
-        return self._norm("error") / self._norm("delta")
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{'all' if each.layer is None else each.layer}</td><td>{each.feature}</td>"
+            f"<td>{each.effect:+.3f}</td><td>{escape(each.dictionary)}</td></tr>"
+            for each in self.top(_ROWS_SHOWN)
+        )
+        covered = f"; layers without a dictionary: {self.not_covered}" if self.not_covered else ""
+        return (
+            "<table><thead><tr><th>layer</th><th>feature</th><th>effect</th><th>dictionary</th>"
+            f"</tr></thead><tbody>{rows}</tbody></table><p>{self.effects[0].kind}; relative error "
+            f"{shown_share(self.relative_error)}, cosine {shown_share(self.cosine)}{covered}</p>"
+        )
 
     @property
-    def cosine(self) -> float:
-        """Between the change and what is explained of it, over all layers that are covered."""
+    def relative_error(self) -> float | None:
+        """|error| / |delta| over all layers that are covered; None of a change that is 0."""
+        return _over(self._norm("error"), self._norm("delta"))
+
+    @property
+    def cosine(self) -> float | None:
+        """Between the change and what is explained of it, over all layers that are covered; None
+        where either is 0."""
         product = sum(float((each.explained * each.delta).sum()) for each in self.effects)
-        return product / (self._norm("explained") * self._norm("delta"))
+        return _over(product, self._norm("explained") * self._norm("delta"))
 
     def _shown(self, each: FeatureEffect) -> dict[str, Any]:
         shown: dict[str, Any] = {name: getattr(each, name) for name in _SHOWN}
@@ -279,7 +292,7 @@ def attribute(
 
     Raises:
         DictionaryError: if two dictionaries read one layer, or one has another width.
-        PlanError: if a plan belongs to another model.
+        PlanError: if a plan belongs to another model, or recomputes its mean.
     """
     one_of("kind", kind, KINDS)
     layers = [layer for dictionary in dictionaries for layer in dictionary.card.layers]
@@ -298,6 +311,7 @@ def attribute(
     made = []
     for text, (x, y) in zip(texts, pairs, strict=True):
         read = [t for t in range(len(text.tokens)) if t not in text.prompt.special]
+        tokens = _str_tokens(model, text)
         writing = set(text.writing) or set(read)
         counted = torch.tensor([t in writing for t in read])
         made.append(
@@ -312,12 +326,21 @@ def attribute(
                     )
                     for dictionary in dictionaries
                 ),
-                str_tokens=tuple(_str_tokens(model, text)[t] for t in read),
+                str_tokens=tuple(tokens[t] for t in read),
                 counted=tuple(counted.tolist()),
                 not_covered=not_covered,
             )
         )
     return made
+
+
+def shown_share(value: float | None) -> str:
+    """With two decimals; "-" for a change that is 0."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _over(above: float, below: float) -> float | None:
+    return above / below if below else None
 
 
 def _at(

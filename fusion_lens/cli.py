@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -409,7 +409,9 @@ def features(
     *,
     settings: Any,
 ) -> int:
-    """Which sparse features a plan moves, on the text it writes; the error beside them."""
+    """Which sparse features a plan moves, on the text it writes; the error beside them. The options
+    of a search are for --question-id; a plan of a run is read with the run's own template and
+    length."""
     from rich.console import Console
 
     from fusion_lens.attribution import attribute
@@ -419,7 +421,9 @@ def features(
         plot_top_features,
     )
     from fusion_lens.feature_report import (
+        coding_rows,
         coding_table,
+        compare_features,
         difference_table,
         feature_table,
         left_out_lines,
@@ -432,6 +436,10 @@ def features(
         raise ConfigError("features needs either --question-id or --plan, and not both.")
     if dictionary is None and model is not None:
         raise ConfigError("a model other than Atlas needs --dictionary.")
+    if top < 1 or coding < 0:
+        raise ConfigError(
+            f"top must be at least 1 and coding at least 0, but got {top} and {coding}."
+        )
     opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
     shelved = open_dictionaries(dictionary or ["atlas-sae"], opened)
     tuning = settings.experiment.tuning
@@ -445,7 +453,15 @@ def features(
     found, *others = attribute(opened, dictionaries, texts, kind=kind)
     labels = labels_of(shelved, found, top)
     if as_json:
-        print(json.dumps(found.to_dict(top, labels), ensure_ascii=False))
+        content = found.to_dict(top, labels)
+        if others:
+            content["against"] = [
+                {**asdict(each), "effect": effect, "other": other}
+                for each, effect, other in compare_features(found, others[0], labels)[:top]
+            ]
+        if coding:
+            content["coding"] = coding_rows(found, dictionaries, coding, labels)
+        print(json.dumps(content, ensure_ascii=False, allow_nan=False))
     else:
         print(f"{text.prompt.text!r} -> {_written(opened, text)!r}")
         tables = [feature_table(found, top, labels)]
@@ -554,6 +570,10 @@ def _judge(name: str, cache: Path | None, grade: bool, price: str | None) -> Jud
     from fusion_lens.judges import LexicalJudge
 
     if name == "lexical":
+        if cache is not None or price is not None:
+            raise ConfigError(
+                "judge_cache and judge_price need a judge model, but the judge is lexical."
+            )
         return LexicalJudge()
     from fusion_lens.llm_judge import LLMJudge
 
@@ -622,26 +642,42 @@ def _progress() -> Iterator[Progress]:
 
 def _steered_text(model: HookedModel, file: Path, question: str | None, tuning: Any) -> Text:
     """What a saved plan writes after its question."""
-    from fusion_lens.generation import Row
+    from fusion_lens.generation import GenerationConfig, Row
     from fusion_lens.generation import generate as generate_rows
     from fusion_lens.plan_files import load_plan
-    from fusion_lens.prompts import question_prompt
+    from fusion_lens.prompts import Template, question_prompt
     from fusion_lens.results import load_results, plan_path
     from fusion_lens.teacher_forcing import Text
 
     loaded = load_plan(file)
-    folder = file.resolve().parent.parent
+    if not loaded.injected_norm:
+        raise ConfigError(
+            f"a plan must inject something to be taken apart, but {file} is a zero plan: no trial "
+            "beat the unsteered model."
+        )
+    folder, template, generation = file.resolve().parent.parent, tuning.template, tuning.generation
+    record = None
     if question is None and (folder / "summary.json").is_file():
-        records = load_results(folder).records
-        own = [r for r in records if plan_path(folder, r.question_id, r.arm) == file.resolve()]
-        question = own[0].question if own else None
+        results = load_results(folder)
+        own = [
+            each
+            for each in results.records
+            if plan_path(folder, each.question_id, each.arm) == file.resolve()
+        ]
+        if own:
+            record, question = own[0], own[0].question
+            used = results.summary["provenance"]["settings"]["tuning"]
+            template = Template(**used["template"])
+            generation = GenerationConfig(**used["generation"])
     if question is None:
         raise ConfigError(
             f"a plan outside a run's folder needs its question, but {file} is in none; "
             "give --question."
         )
-    prompt = question_prompt(model, question, tuning.template)
-    written = generate_rows(model, [Row(prompt, loaded)], tuning.generation)[0]
+    prompt = question_prompt(model, question, template)
+    written = generate_rows(model, [Row(prompt, loaded)], generation)[0]
+    if record is not None and written.text != record.completion:
+        print("note: the plan writes another text here than in its run", file=sys.stderr)
     return Text(prompt, written.tokens, loaded)
 
 

@@ -86,6 +86,12 @@ class ExperimentConfig:
                 f"but got mean={self.tuning.mean!r}; leave it out."
             )
 
+        if self.tuning.metrics == "published" and "answer_in_prompt" in self.arms:
+            raise ConfigError(
+                "the published metrics read the prompt, and that of answer_in_prompt holds the "
+                "answer; leave the arm out."
+            )
+
     @property
     def lends(self) -> bool:
         """Whether questions other than those that are run have to lend their deltas."""

@@ -2,7 +2,8 @@
 
 For tuned plans: the gold answer's log-probability after the prompt, in nats above the unsteered
 model's, when only some of the plan's content is injected: the `k` features of the largest effects,
-`k` random active features at the same norm, the error alone, all but the error, and all of it.
+`k` random active features at the same norm in every layer, the error alone, all but the error, and
+all of it. What random features contribute is small, so that their norm is had by scaling it up.
 Features are ranked on the reference run and their contributions taken from the steered completion,
 so that a feature is not chosen on the tokens it is injected from; what they do is measured after
 the question and, unchanged, after a paraphrase. `k` counts features per dictionary: of six SAEs
@@ -17,7 +18,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
+from statistics import median
 from typing import Any
+
+import torch
 
 from fusion_lens.attribution import Attribution, FeatureEffect, attribute
 from fusion_lens.dictionaries import Dictionary
@@ -67,14 +72,16 @@ class Case:
         if question.paraphrases:
             text = question.paraphrases[0]
             prompts["paraphrase"] = question_prompt(model, text, config.template)
-        lead = config.template.reference.partition("{answer}")[0]
+        tail = item.reference.text[len(item.prompt.text) :]
+        answer = tail[: tail.index(question.answer) + len(question.answer)]
+        bos = config.template.prepend_bos
         return Case(
             question.id,
             question.subject or question.id,
             tuned.plan,
             prompts,
-            _continued(model, item.prompt, lead + question.answer),
-            _continued(model, item.prompt, item.reference.text[len(item.prompt.text) :]),
+            _continued(model, item.prompt, answer, bos),
+            _continued(model, item.prompt, tail, bos),
             tuned.best.completion.tokens,
         )
 
@@ -95,11 +102,13 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class Faithfulness:
-    """Gains of every part of every case, and per case the rank correlation between the sizes of
-    features' effects and of what removing each does (None: unscored)."""
+    """Gains of every part of every case; per case the rank correlation between the sizes of
+    features' effects and of what removing each does (None: unscored); and by k the median factor
+    that random contributions had to be multiplied by."""
 
     gains: tuple[Gain, ...]
     correlations: dict[str, float | None]
+    factors: dict[int, float]
 
     def interval(self, part: str, k: int = 0, place: str = "question") -> Interval:
         """The mean gain of a part."""
@@ -154,7 +163,11 @@ class Faithfulness:
             }
             for place in places
         }
-        return {"curves": curves, "rank_correlation": asdict(self.correlation)}
+        return {
+            "curves": curves,
+            "rank_correlation": asdict(self.correlation),
+            "random_factors": self.factors,
+        }
 
     def _of(self, part: str, k: int, place: str) -> dict[tuple[str, str], float]:
         return {
@@ -198,13 +211,13 @@ def faithfulness(
         log=log,
     )
     tried = [
-        [*_parts(case, rank, parts, ks, draws, seed), *_removals(case, parts)]
+        [*_parts(case, rank, parts, ks, draws, seed), *_removals(case, rank, parts)]
         for case, rank, parts in zip(cases, ranked, found, strict=True)
     ]
     nats = iter(_gains(model, cases, tried, log))
     gains: list[Gain] = []
     correlations: dict[str, float | None] = {}
-    for case, parts, variants in zip(cases, found, tried, strict=True):
+    for case, rank, variants in zip(cases, ranked, tried, strict=True):
         for place in case.prompts:
             seen: dict[tuple[str, int], list[float]] = {}
             for variant in variants:
@@ -217,10 +230,15 @@ def faithfulness(
             if place == "question":
                 whole = seen["full", 0][0]
                 correlations[case.question_id] = rank_correlation(
-                    [abs(each.effect) for each in parts.top(_REMOVED)],
+                    [abs(each.effect) for each in rank.top(_REMOVED)],
                     [abs(whole - kept) for kept in removed],
                 )
-    return Faithfulness(tuple(gains), correlations)
+    drawn: dict[int, list[float]] = {}
+    for variant in chain.from_iterable(tried):
+        if variant.part == "random":
+            drawn.setdefault(variant.k, []).append(variant.factor)
+    factors = {k: median(own) for k, own in drawn.items()}
+    return Faithfulness(tuple(gains), correlations, factors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +246,7 @@ class _Variant:
     part: str
     k: int
     plan: Plan
+    factor: float = 1.0
 
 
 def _parts(
@@ -248,9 +267,12 @@ def _parts(
         rng = random.Random(seed_of(seed, case.question_id, k))
         for _ in range(draws):
             drawn = contribution_of(case.plan, found, list(_drawn(found, k, rng)))
-            if drawn.any():
-                drawn = drawn * (vectors.norm() / drawn.norm())
-            yield _Variant("random", k, with_shift(case.plan, drawn))
+            factors = vectors.norm(dim=-1) / drawn.norm(dim=-1)
+            if bool(torch.isfinite(factors[vectors.any(dim=-1)]).all()):
+                drawn = torch.where(vectors.any(dim=-1)[:, None], drawn * factors[:, None], 0.0)
+                yield _Variant(
+                    "random", k, with_shift(case.plan, drawn), float(factors.nanmedian())
+                )
 
 
 def _drawn(found: Attribution, k: int, rng: random.Random) -> Iterator[FeatureEffect]:
@@ -259,8 +281,8 @@ def _drawn(found: Attribution, k: int, rng: random.Random) -> Iterator[FeatureEf
         yield from rng.sample(active, min(k, len(active)))
 
 
-def _removals(case: Case, found: Attribution) -> Iterator[_Variant]:
-    for each in found.top(_REMOVED):
+def _removals(case: Case, ranked: Attribution, found: Attribution) -> Iterator[_Variant]:
+    for each in ranked.top(_REMOVED):
         yield _Variant("removed", 0, remove_features(case.plan, found, [each]))
 
 
@@ -292,11 +314,13 @@ def _mean(values: dict[tuple[str, str], float]) -> Interval:
     return cluster_bootstrap(list(values.values()), [subject for _, subject in values])
 
 
-def _continued(model: HookedModel, prompt: Prompt, text: str) -> tuple[int, ...]:
+def _continued(
+    model: HookedModel, prompt: Prompt, text: str, prepend_bos: bool | None
+) -> tuple[int, ...]:
     """The tokens of `text` behind the prompt, as one text gives them where that begins with the
     prompt's own tokens."""
     head = len(prompt.tokens)
-    whole = tokenize(model, prompt.text + text).tokens
+    whole = tokenize(model, prompt.text + text, prepend_bos=prepend_bos).tokens
     if whole[:head] == prompt.tokens:
         return whole[head:]
     return tokenize(model, text, prepend_bos=False).tokens

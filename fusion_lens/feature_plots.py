@@ -11,7 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fusion_lens.attribution import Attribution, FeatureEffect
+from fusion_lens.attribution import Attribution, FeatureEffect, shown_share
 from fusion_lens.faithfulness import Faithfulness
 from fusion_lens.pictures import Figure, styled
 from fusion_lens.statistics import Interval
@@ -34,7 +34,7 @@ def plot_top_features(found: Attribution, k: int = 15, labels: Labels | None = N
     figure = go.Figure()
     figure.add_bar(
         x=[*sizes, error],
-        y=[*names, "error (in no feature)"],
+        y=[*names, "norm of the error, in no feature"],
         orientation="h",
         marker_color=[*(_MORE if size > 0 else _LESS for size in sizes), _REST],
         customdata=[*(each.share for each in top), None],
@@ -187,7 +187,8 @@ def visible(token: str) -> str:
 
 def _titled(figure: go.Figure, title: str, found: Attribution) -> None:
     """With how much of the change is explained, and what is not covered, below the title."""
-    text = f"relative error {found.relative_error:.2f}, cosine {found.cosine:.2f}; "
+    text = f"relative error {shown_share(found.relative_error)}, "
+    text += f"cosine {shown_share(found.cosine)}; "
     text += f"means over {sum(found.counted)} tokens"
     if found.not_covered:
         text += f"; layers without a dictionary: {', '.join(map(str, found.not_covered))}"
@@ -201,8 +202,13 @@ def _crosscoder_cells(
     return [
         (layer, feature_name(each), size, feature_name(each))
         for each in found.top(k, labels)
-        for layer, size in each.per_layer or ((each.layer or 0, each.effect),)
+        for layer, size in each.per_layer or _one_layer(each)
     ]
+
+
+def _one_layer(each: FeatureEffect) -> tuple[tuple[int, float], ...]:
+    assert each.layer is not None
+    return ((each.layer, each.effect),)
 
 
 def _ranked_cells(

@@ -4,9 +4,11 @@ other; and the second view, signed sparse coding of the change on the decoder's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from fusion_lens.attribution import Attribution, FeatureEffect
-from fusion_lens.dictionaries import Dictionary
+from fusion_lens.attribution import Attribution, FeatureEffect, shown_share
+from fusion_lens.dictionaries import Card, Dictionary
+from fusion_lens.feature_labels import dashboard_url
 from fusion_lens.feature_plots import Labels
 from fusion_lens.report import Section
 from fusion_lens.sparse_coding import sparse_code
@@ -33,15 +35,24 @@ def left_out_lines(found: Attribution) -> list[str]:
     """Per dictionary: how many features are active, and how much of the change none explains."""
     lines = [
         f"{each.card.name}: {len(each.features)} features active; of a change of norm "
-        f"{float(each.delta.norm()):.2f}, relative error {each.relative_error:.2f}, "
-        f"cosine {each.cosine:.2f}" + "".join(f"; {note}" for note in each.card.notes)
+        f"{float(each.delta.norm()):.2f}, relative error {shown_share(each.relative_error)}, "
+        f"cosine {shown_share(each.cosine)}" + "".join(f"; {note}" for note in _notes(each.card))
         for each in found.effects
     ]
     if len(found.effects) > 1:
-        lines.append(f"all: relative error {found.relative_error:.2f}, cosine {found.cosine:.2f}")
+        lines.append(
+            f"all: relative error {shown_share(found.relative_error)}, "
+            f"cosine {shown_share(found.cosine)}"
+        )
     if found.not_covered:
         lines.append(f"not covered: layers {', '.join(map(str, found.not_covered))}")
     return lines
+
+
+def _notes(card: Card) -> list[str]:
+    if card.neuronpedia_id is None:
+        return list(card.notes)
+    return [*card.notes, f"its features' pages: {dashboard_url(card.neuronpedia_id, 0)[:-1]}N"]
 
 
 def compare_features(
@@ -83,28 +94,50 @@ def difference_table(
     return Section(f"effects of two plans ({one.effects[0].kind}), in residual units", header, rows)
 
 
-def coding_table(
+def coding_rows(
     found: Attribution,
     dictionaries: Sequence[Dictionary],
-    k: int = 20,
+    k: int,
     labels: Labels | None = None,
-) -> Section:
+) -> list[dict[str, Any]]:
     """The mean change as a signed sum of `k` directions of each dictionary, refitted together: what
-    it could be made of, whatever a dictionary says of its inputs."""
+    it could be made of, whatever a dictionary says of its inputs. `error` is what is left of the
+    change's norm after each."""
     rows = []
     for dictionary, effects in zip(dictionaries, found.effects, strict=True):
         code = sparse_code(effects.delta, dictionary, k)
         own = (labels or {}).get(effects.card.name, {})
         layers = effects.card.layers
         rows += [
-            (
-                str(layers[0]) if len(layers) == 1 else "all",
-                str(feature),
-                f"{weight:+.3f}",
-                f"{error:.2f}",
-                own.get(feature, ""),
-            )
+            {
+                "dictionary": effects.card.name,
+                "layer": layers[0] if len(layers) == 1 else None,
+                "feature": feature,
+                "weight": weight,
+                "error": error,
+                "label": own.get(feature, ""),
+            }
             for feature, weight, error in zip(code.features, code.weights, code.errors, strict=True)
         ]
+    return rows
+
+
+def coding_table(
+    found: Attribution,
+    dictionaries: Sequence[Dictionary],
+    k: int = 20,
+    labels: Labels | None = None,
+) -> Section:
+    """See `coding_rows`."""
+    rows = tuple(
+        (
+            "all" if row["layer"] is None else str(row["layer"]),
+            str(row["feature"]),
+            f"{row['weight']:+.3f}",
+            f"{row['error']:.2f}",
+            row["label"],
+        )
+        for row in coding_rows(found, dictionaries, k, labels)
+    )
     header = ("layer", "feature", "weight", "error left", "label")
-    return Section(f"the same change as {k} directions per dictionary", header, tuple(rows))
+    return Section(f"the same change as {k} directions per dictionary", header, rows)

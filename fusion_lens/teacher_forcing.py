@@ -4,7 +4,8 @@ anything.
 The tokens are given, so that an unsteered and a steered pass over one text differ by the steering
 alone. Prompts are padded on the left and what follows on the right, each to a length that depends
 on the row alone, and every pass has the same number of rows: a row's numbers do not depend on the
-others.
+others. Plans that recompute their mean are refused: in one pass over a whole text it would hold
+tokens that generation had not written yet.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fusion_lens.activations import at_least_float32, left_padded, padded_length, same_shape
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import SpanError
+from fusion_lens.errors import PlanError, SpanError
 from fusion_lens.executors import Executor, executor_of
 from fusion_lens.hooks import Cursor, batch_steering
 from fusion_lens.lean import AtBlock
@@ -77,7 +78,7 @@ def record_streams(
     """Run every text once and keep all its residuals.
 
     Raises:
-        PlanError: if a plan belongs to another model.
+        PlanError: if a plan belongs to another model, or recomputes its mean.
     """
     n_layers = int(model.cfg.n_layers)
 
@@ -115,7 +116,7 @@ def log_probs(
     """log p(written | prompt) of every text under its plan, in nats, summed over its tokens.
 
     Raises:
-        PlanError: if a plan belongs to another model.
+        PlanError: if a plan belongs to another model, or recomputes its mean.
         SpanError: if a text has nothing written.
     """
     for text in texts:
@@ -183,15 +184,19 @@ def _in_batches(
     for text in texts:
         if text.plan is not None:
             text.plan.check(identity)
+            if text.plan.needs_sequence:
+                raise PlanError(
+                    "a plan must have a constant shift to be read teacher-forced, but has "
+                    'mean="sequence"; tune with mean="question".'
+                )
     run, reason = executor_of(model, executor)
     log.fell_back(reason)
     done: dict[int, T] = {}
 
     def shape(text: Text) -> tuple[int, int]:
-        exact = text.plan is not None and text.plan.needs_sequence  # its mean would count padding
-        multiple = 1 if exact else run.multiple
-        width = padded_length(len(text.prompt.tokens), run.multiple)
-        return width, padded_length(len(text.written), multiple)
+        lengths = (len(text.prompt.tokens), len(text.written))
+        width, n_written = (padded_length(length, run.multiple) for length in lengths)
+        return width, n_written
 
     def work(most: int) -> None:
         left = [i for i in range(len(texts)) if i not in done]

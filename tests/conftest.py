@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -29,6 +31,19 @@ from fusion_lens.prompts import Prompt, question_prompt, reference_prompt
 
 torch.set_num_threads(1)
 
+LLAMA = LlamaConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 TEXTS = [
     "Question: Who wrote the red book?\nAnswer and explanation:\nAda Lovelace\nIt was in 1843.",
     "Question: When was Tom born?\nAnswer: 3 May 1901\nExplanation: Tom was born on 3 May 1901.",
@@ -53,10 +68,7 @@ def stories_folder(shared_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of four layers with a tokenizer of its own, as a checkpoint on disk."""
-    folder = tmp_path_factory.mktemp("tiny")
-    _tiny_tokenizer().save_pretrained(folder)
-    _tiny_llama(seed=0).save_pretrained(folder)
-    return folder
+    return _checkpoint(tmp_path_factory.mktemp("tiny"), 0, LlamaForCausalLM, LLAMA)
 
 
 @pytest.fixture(scope="session")
@@ -67,49 +79,36 @@ def tiny(tiny_folder: Path) -> HookedModel:
 @pytest.fixture(scope="session")
 def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same architecture and tokenizer with other weights."""
-    folder = tmp_path_factory.mktemp("other")
-    _tiny_tokenizer().save_pretrained(folder)
-    _tiny_llama(seed=1).save_pretrained(folder)
-    return folder
+    return _checkpoint(tmp_path_factory.mktemp("other"), 1, LlamaForCausalLM, LLAMA)
 
 
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random GPT-2, which has positions for every token, on disk."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    _tiny_tokenizer().save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = GPT2Config(
-            vocab_size=320, n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
-        )
-        GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    config = GPT2Config(
+        vocab_size=320, n_positions=1024, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    return _checkpoint(tmp_path_factory.mktemp("gpt2"), 3, GPT2LMHeadModel, config)
 
 
 @pytest.fixture(scope="session")
 def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Gemma-2, with its soft caps and sliding windows, on disk."""
-    folder = tmp_path_factory.mktemp("gemma")
-    _tiny_tokenizer().save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        config = Gemma2Config(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=256,
-            initializer_range=0.3,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-        Gemma2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    config = Gemma2Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _checkpoint(tmp_path_factory.mktemp("gemma"), 4, Gemma2ForCausalLM, config)
 
 
 @pytest.fixture(scope="session")
@@ -234,24 +233,13 @@ def make_hooked_transformer(folder: Path) -> HookedModel:
     return model
 
 
-def _tiny_llama(seed: int) -> LlamaForCausalLM:
+def _checkpoint(folder: Path, seed: int, kind: type[PreTrainedModel], config: Any) -> Path:
+    """A random model of the seed with the tiny tokenizer, on disk."""
+    _tiny_tokenizer().save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=320,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                initializer_range=0.3,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-            )
-        )
+        kind(config).save_pretrained(folder)
+    return folder
 
 
 def _tiny_tokenizer() -> FastTokenizer:

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import listening
 
 _MOST_SECONDS = 10.0
 
@@ -34,18 +36,9 @@ def serving(script: Mapping[str, Act]) -> Iterator[LabelServer]:
     """Run a server while the block lasts."""
     server = LabelServer()
     handler = type("Handler", (_Handler,), {"server_state": server, "script": script})
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    http.daemon_threads = True
-    server.base_url = f"http://127.0.0.1:{http.server_port}/api"
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with listening(handler, server.ended) as port:
+        server.base_url = f"http://127.0.0.1:{port}/api"
         yield server
-    finally:
-        server.ended.set()
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -9,7 +9,7 @@ from crosscoders import made
 from dictionaries import parts, relative_gap, residuals, save_sae
 from torch import Tensor
 
-from fusion_lens.attribution import attribute, effects_between
+from fusion_lens.attribution import Attribution, attribute, effects_between
 from fusion_lens.dictionaries import Card, Dictionary, Encoded
 from fusion_lens.errors import ConfigError, DictionaryError
 from fusion_lens.models import HookedModel
@@ -114,6 +114,10 @@ def test_a_change_of_nothing_has_no_shares() -> None:
     top = effects_between(linear(), x, x).top(2)
     assert [each.effect for each in top] == [0.0, 0.0]
     assert [each.share for each in top] == [None, None]
+    nothing = Attribution((effects_between(linear(), x, x),), ("a", "b"), (True, True), ())
+    assert (nothing.relative_error, nothing.cosine) == (None, None)
+    assert nothing.to_dict()["dictionaries"][0]["relative_error"] is None
+    assert "relative error -" in nothing._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -230,3 +234,15 @@ def test_two_dictionaries_of_one_layer_and_an_unknown_kind_are_refused(
         attribute(tiny, dictionaries, [text], kind="both")
     with pytest.raises(DictionaryError, match="of width 12"):
         attribute(tiny, [made()], [text])
+
+
+def test_an_attribution_shows_itself_small_and_escaped(
+    tiny: HookedModel, dictionaries: list[Dictionary]
+) -> None:
+    named = [linear((1,), 32, 20, "<b>one</b>"), dictionaries[1]]
+    (found,) = attribute(tiny, named, [Text(prompts_of(tiny)[0], WRITTEN, strong_plan(tiny))])
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 11
+    assert "<b>" not in shown
+    assert f"relative error {found.relative_error:.2f}" in shown
+    assert "layers without a dictionary: (2,)" in shown

@@ -98,6 +98,7 @@ def test_the_bench_of_features_takes_plans_apart(
         ("month March", "entity", True, (True, True, True)),
         ("month March", "entity", False, (True, False, False)),
         ("month May", "entity", True, (False, False, False)),
+        ("token 3 of a date", "place", True, (False, False, False)),
         ("' March'", "token", True, (False, False, True)),
         ("before ' March'", "next", False, (False, False, False)),
     ],

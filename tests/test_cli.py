@@ -293,6 +293,13 @@ def test_the_features_of_a_plan_are_shown_and_drawn(command, tmp_path) -> None:
         assert said in out
     assert "crosscoder: " in out
     assert (tmp_path / "figures" / "token_features.html").is_file()
+    assert "another text" not in err  # the run's own template and length were read
+    code, out, err = command(
+        *("features", "--plan", plan, "--top", 4, "--coding", 2, "--against", other, "--json")
+    )
+    content = json.loads(out)
+    assert [len(content[name]) for name in ("features", "against", "coding")] == [4, 4, 12]
+    assert content["against"][0]["effect"] != content["against"][0]["other"]
 
 
 def test_the_features_of_a_question_are_json_on_request(command) -> None:
@@ -314,6 +321,7 @@ def test_the_features_of_a_question_are_json_on_request(command) -> None:
         ((), "needs either --question-id or --plan, and not both"),
         (("--question-id", "a", "--plan", "p"), "needs either --question-id or --plan, and not"),
         (("--question-id", "a", "--model", "m"), "a model other than Atlas needs --dictionary"),
+        (("--question-id", "a", "--top", 0), "top must be at least 1 and coding at least 0"),
         (("--question-id", "nobody"), "every question id must be in the file, but got 'nobody'"),
     ],
 )
@@ -329,6 +337,9 @@ def test_a_plan_outside_a_run_needs_its_question(command, tiny_folder, tmp_path)
     code, _, err = command("features", "--plan", file)
     assert code == 1
     assert "a plan outside a run's folder needs its question" in err
+    save_plan(strong_plan(load_model(), 0.0), tmp_path / "zero.safetensors")
+    code, _, err = command("features", "--plan", tmp_path / "zero.safetensors")
+    assert "a plan must inject something to be taken apart" in err
     code, out, err = command(
         *("features", "--plan", file, "--question", "Who was it?", "--max-new-tokens", 4),
         *("--kind", "total"),

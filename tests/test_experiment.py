@@ -302,6 +302,13 @@ def test_bad_settings_are_refused(tiny, tmp_path) -> None:
         ConfigError, match="arms must be one of baseline, best_of_n, answer_in_prompt"
     ):
         ExperimentConfig(arms=("baseline", "magic"))
+    with pytest.raises(ConfigError, match="that of answer_in_prompt holds the answer; leave"):
+        ExperimentConfig(
+            arms=("baseline", "answer_in_prompt"), tuning=TuningConfig(metrics="published")
+        )
+    published = ExperimentConfig(arms=("baseline",), tuning=TuningConfig(metrics="published"))
+    with pytest.raises(ConfigError, match="the published metrics must have a perplexity model"):
+        run(tiny, QUESTIONS[:1], published)
     with pytest.raises(ConfigError, match="question ids must be unique"):
         run(tiny, [QUESTIONS[0], QUESTIONS[0]])
     (tmp_path / "file").write_text("")

@@ -110,7 +110,7 @@ def made(**gains: tuple[float, float, float]) -> Faithfulness:
         for part, value in zip(("full", "top", "random"), values, strict=True):
             k = 0 if part == "full" else 10
             found.append(Gain(name, name, "question", part, k, value))
-    return Faithfulness(tuple(found), dict.fromkeys(gains, 0.5))
+    return Faithfulness(tuple(found), dict.fromkeys(gains, 0.5), {10: 3.0})
 
 
 def test_a_part_of_the_whole_is_a_ratio_of_sums() -> None:
@@ -123,6 +123,7 @@ def test_a_part_of_the_whole_is_a_ratio_of_sums() -> None:
     assert measured.correlation.mean == 0.5
     content = measured.to_dict()
     assert list(content["curves"]) == ["question"]
+    assert content["random_factors"] == {10: 3.0}
     assert content["curves"]["question"]["top"][0]["of_full"]["mean"] == pytest.approx(8.0 / 14.01)
 
 

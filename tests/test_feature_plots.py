@@ -110,7 +110,7 @@ def test_the_curve_has_a_point_per_k_with_its_interval_and_lines_for_the_parts()
             ("random", 10, 1.0),
         )
     ]
-    figure = plot_faithfulness(Faithfulness(tuple(gains), {}))
+    figure = plot_faithfulness(Faithfulness(tuple(gains), {}, {}))
     top, by_chance, full, without, error = figure.figure.data
     assert (list(top.x), list(top.y)) == ([1, 10], pytest.approx([3.0, 7.0]))
     assert list(by_chance.y) == pytest.approx([1.0, 2.0])

@@ -68,6 +68,12 @@ def test_lines_tell_what_each_dictionary_and_all_together_leave_out(
     assert f"relative error {error:.2f}" in lines[0]
     assert lines[3].startswith(f"all: relative error {two[0].relative_error:.2f}")
     assert lines[4] == "not covered: layers 2"
+    effects = two[0].effects[0]
+    card = replace(effects.card, neuronpedia_id="tiny/1-res", notes=("a note",))
+    named = replace(two[0], effects=(replace(effects, card=card),))
+    assert left_out_lines(named)[0].endswith(
+        "; a note; its features' pages: https://www.neuronpedia.org/tiny/1-res/N"
+    )
 
 
 def test_two_plans_are_compared_feature_by_feature_the_largest_difference_first(

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from asked import ASKED, OTHER, QUICK
 
 import fusion_lens.preparation as preparation
 from fusion_lens.activations import record
@@ -17,17 +18,6 @@ from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.preparation import TuningConfig, prepare, prepare_one, seed_of
 from fusion_lens.prompts import explanation_prompt
 from fusion_lens.questions import Question
-from fusion_lens.search import SearchConfig
-
-QUICK = TuningConfig(
-    search=SearchConfig(trials=8, round_size=4, high=6.0),
-    generation=GenerationConfig(max_new_tokens=10),
-    explanation_tokens=8,
-)
-ASKED = Question(id="red", question="Who wrote the red book?", answer="Ada Lovelace")
-OTHER = Question(
-    id="born", question="When was Tom born?", answer="3 May 1901", explanation="He was"
-)
 
 
 def test_the_explanation_is_the_models_own_continuation_unless_given(tiny) -> None:

@@ -2,24 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from asked import ASKED, QUICK
+
 import fusion_lens.scoring as scoring
 from fusion_lens.generation import Completion, GenerationConfig
 from fusion_lens.models import HookedModel
 from fusion_lens.preparation import TuningConfig, prepare_one
-from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
 from fusion_lens.search import SearchConfig
 from fusion_lens.tuning import tune
-
-QUICK = TuningConfig(
-    search=SearchConfig(trials=8, round_size=4, high=6.0),
-    generation=GenerationConfig(max_new_tokens=10),
-    explanation_tokens=8,
-)
-ASKED = Question(id="red", question="Who wrote the red book?", answer="Ada Lovelace")
-OTHER = Question(
-    id="born", question="When was Tom born?", answer="3 May 1901", explanation="He was"
-)
 
 
 def test_questions_of_one_id_prepared_apart_are_scored_apart(tiny, monkeypatch) -> None:

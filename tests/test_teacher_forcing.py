@@ -28,11 +28,8 @@ def residuals(model: HookedModel, text: Text) -> torch.Tensor:
     return torch.stack([cache[resid_post(layer)][0] for layer in range(4)])
 
 
-@pytest.mark.parametrize("mean", ["question", "sequence"])
-def test_streams_are_those_of_a_single_cached_run(
-    tiny: HookedModel, executor: str, mean: str
-) -> None:
-    plans = [None, strong_plan(tiny, mean=mean), strong_plan(tiny, 0.5, mean=mean)]
+def test_streams_are_those_of_a_single_cached_run(tiny: HookedModel, executor: str) -> None:
+    plans = [None, strong_plan(tiny), strong_plan(tiny, 0.5)]
     texts = [
         Text(prompt, WRITTEN[: n + 1], plan)
         for n, (prompt, plan) in enumerate(zip(prompts_of(tiny), plans, strict=True))
@@ -79,11 +76,8 @@ def test_a_texts_numbers_do_not_depend_on_the_others(tiny: HookedModel, executor
         assert log_probs(tiny, [texts[i]], executor=executor) == [values[i]]
 
 
-@pytest.mark.parametrize("mean", ["question", "sequence"])
-def test_log_probs_are_sums_of_log_softmax_under_the_plan(
-    tiny: HookedModel, executor: str, mean: str
-) -> None:
-    plan = strong_plan(tiny, mean=mean)
+def test_log_probs_are_sums_of_log_softmax_under_the_plan(tiny: HookedModel, executor: str) -> None:
+    plan = strong_plan(tiny)
     prompt = prompts_of(tiny)[2]
     values = log_probs(
         tiny, [Text(prompt, WRITTEN, plan), Text(prompt, WRITTEN)], executor=executor
@@ -116,3 +110,10 @@ def test_a_plan_of_another_model_is_refused(tiny: HookedModel, other_folder) -> 
     plan: Plan = strong_plan(load_model(other_folder))
     with pytest.raises(PlanError, match="must be used on the model it was made on"):
         record_streams(tiny, [Text(prompts_of(tiny)[0], WRITTEN, plan)])
+
+
+def test_a_recomputed_mean_is_refused_because_it_would_see_later_tokens(tiny: HookedModel) -> None:
+    text = Text(prompts_of(tiny)[0], WRITTEN, strong_plan(tiny, mean="sequence"))
+    for read in (record_streams, log_probs):
+        with pytest.raises(PlanError, match="must have a constant shift to be read teacher-forced"):
+            read(tiny, [text])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import optuna
 import pytest
 import torch
+from asked import ASKED, OTHER, QUICK
 
 import fusion_lens.tuning as tuning
 from fusion_lens.errors import (
@@ -12,19 +13,8 @@ from fusion_lens.errors import (
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.plans import Segment
 from fusion_lens.preparation import TuningConfig, prepare
-from fusion_lens.questions import Question
 from fusion_lens.search import SearchConfig
 from fusion_lens.tuning import Job, export_tuned, make_segments, tune, tune_jobs
-
-QUICK = TuningConfig(
-    search=SearchConfig(trials=8, round_size=4, high=6.0),
-    generation=GenerationConfig(max_new_tokens=10),
-    explanation_tokens=8,
-)
-ASKED = Question(id="red", question="Who wrote the red book?", answer="Ada Lovelace")
-OTHER = Question(
-    id="born", question="When was Tom born?", answer="3 May 1901", explanation="He was"
-)
 
 
 def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder) -> None:
