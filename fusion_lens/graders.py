@@ -13,17 +13,7 @@ from dataclasses import dataclass
 from fusion_lens.decoding import Completion
 from fusion_lens.published import published_overlap
 from fusion_lens.questions import Question
-from fusion_lens.scores import (
-    contained_match,
-    distinct_2,
-    exact_match,
-    extract_answer,
-    objective,
-    perplexity_of,
-    repetition,
-    token_f1,
-    token_overlap,
-)
+from fusion_lens.scores import objective, perplexity_of, text_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +51,22 @@ def grade(
     An unscored overlap counts 0 in the objective alone. Logits that were not finite make the whole
     completion meaningless: overlap and perplexity are unscored, so its objective is the worst.
     """
-    golds = (question.answer, question.aliases)
+    scores = text_scores(completion.text, question.answer, question.aliases)
     finite = completion.finite
-    overlap = _overlap(question.answer, completion.text, whole) if finite else None
-    nll = nll if finite else None
+    overlap = scores["overlap"].value
+    if whole is not None:
+        overlap = published_overlap(whole, question.answer)
+    if not finite:
+        overlap = nll = None
     return Graded(
         completion=completion,
-        answer=extract_answer(completion.text),
+        answer=scores["overlap"].answer,
         overlap=overlap,
-        exact_match=float(finite and exact_match(completion.text, *golds)),
-        contained_match=float(finite and contained_match(completion.text, *golds)),
-        token_f1=token_f1(completion.text, *golds) if finite else None,
+        exact_match=float(finite and bool(scores["exact_match"].value)),
+        contained_match=float(finite and bool(scores["contained_match"].value)),
+        token_f1=scores["token_f1"].value if finite else None,
         nll=nll,
-        distinct_2=distinct_2(completion.text),
-        repetition=repetition(completion.text),
+        distinct_2=scores["distinct_2"].value,
+        repetition=scores["repetition"].value,
         objective=objective(overlap or 0.0, perplexity_of(nll), weight),
     )
-
-
-def _overlap(answer: str, completion: str, whole: str | None) -> float | None:
-    return token_overlap(completion, answer) if whole is None else published_overlap(whole, answer)

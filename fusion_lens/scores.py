@@ -201,6 +201,31 @@ def repetition(completion: str) -> float | None:
     return 0.0
 
 
+def text_scores(completion: str, answer: str, aliases: Sequence[str] = ()) -> dict[str, Score]:
+    """Every text metric of one completion by name, with the answer read in it and why."""
+    got, golds = extract_answer(completion), (answer, *aliases)
+    wanted, said = set(words(answer)), words(completion)
+    told = "gold has no word"
+    if wanted:
+        told = f"{len(wanted & set(said))} of {len(wanted)} words of gold"
+    equal = [gold for gold in golds if exact_match(completion, gold)]
+    held = [gold for gold in golds if contained_match(completion, gold)]
+
+    def score(value: float | None, why: str) -> Score:
+        return Score(value, got, why)
+
+    return {
+        "overlap": score(token_overlap(completion, answer), told),
+        "exact_match": score(
+            float(bool(equal)), f"is {equal[0]!r}" if equal else "is no gold answer"
+        ),
+        "contained_match": score(float(bool(held)), f"holds {held[0]!r}" if held else "holds none"),
+        "token_f1": score(token_f1(completion, answer, aliases), "best over gold and aliases"),
+        "distinct_2": score(distinct_2(completion), f"of {len(said)} words"),
+        "repetition": score(repetition(completion), f"of {len(said)} words"),
+    }
+
+
 def perplexity_of(nll: float | None) -> float | None:
     """exp(nll), nll in nats per token; None where that is unscored or too large for a float."""
     return None if nll is None or nll > _LARGEST_NLL else math.exp(nll)

@@ -23,6 +23,7 @@ from fusion_lens.scores import (
     occurrences,
     repetition,
     terms,
+    text_scores,
     token_f1,
     token_overlap,
     words,
@@ -339,8 +340,23 @@ def test_the_composite_is_half_overlap_and_half_grade(
     assert (composite(overlap, grade) >= ACCURATE) is (expected >= 0.6)
 
 
-def test_a_score_may_be_unscored_and_says_why() -> None:
-    assert Score(None, "Ada", "no gold").value is None
+def test_every_score_holds_its_value_the_answer_read_and_why() -> None:
+    text = "It was Ada Lovelace. She wrote it."
+    made = text_scores(text, "Ada Lovelace Byron", ("Ada Lovelace",))
+    read = "It was Ada Lovelace."
+    assert made["overlap"] == Score(2 / 3, read, "2 of 3 words of gold")
+    assert made["exact_match"] == Score(0.0, read, "is no gold answer")
+    assert made["contained_match"] == Score(1.0, read, "holds 'Ada Lovelace'")
+    assert made["token_f1"].value == token_f1(text, "Ada Lovelace Byron", ("Ada Lovelace",))
+    assert made["distinct_2"] == Score(1.0, read, "of 7 words")
+    assert made["repetition"] == Score(0.0, read, "of 7 words")
+
+
+def test_what_cannot_be_scored_has_no_value_and_says_why() -> None:
+    made = text_scores("Ada", "?!")
+    assert made["overlap"] == Score(None, "Ada", "gold has no word")
+    assert made["distinct_2"].value is None
+    assert made["exact_match"].value == 0.0
 
 
 @pytest.mark.parametrize(
