@@ -7,6 +7,7 @@ Blue is more of a feature, vermilion less, grey what is in no feature.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -173,16 +174,16 @@ def plot_faithfulness(measured: Faithfulness, place: str = "question") -> Figure
 
 
 def feature_name(each: FeatureEffect) -> str:
-    """As in figures and tables: layer, number and label."""
+    """As in figures, where plotly reads HTML: layer, number and label."""
     head = f"#{each.feature}" if each.layer is None else f"L{each.layer} #{each.feature}"
     label = each.label if len(each.label) <= _LONGEST else each.label[: _LONGEST - 1] + "…"
-    return f"{head} {label}".rstrip()
+    return f"{head} {escape(label, quote=False)}".rstrip()
 
 
 def visible(token: str) -> str:
     """A token as a tick label: white space is shown, and nothing is HTML."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
-    return shown.replace("&", "&amp;").replace("<", "&lt;")
+    return escape(shown, quote=False)
 
 
 def _titled(figure: go.Figure, title: str, found: Attribution) -> None:

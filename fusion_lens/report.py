@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from fusion_lens.statistics import Comparison
@@ -66,9 +67,11 @@ class Section:
         )
         for n, name in enumerate(self.header):
             # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
-            table.add_column(name, justify="right" if n else "left", overflow="fold")
+            right = n > 0 and name != "label"
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            # a label may hold what rich would take for markup
+            table.add_row(*map(escape, row))
         return table
 
     def to_markdown(self) -> str:

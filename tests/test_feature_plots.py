@@ -87,13 +87,14 @@ def test_every_token_has_a_readable_tick_and_its_own_effects(crosscoder: Attribu
 
 
 def test_tokens_show_white_space_and_are_no_html() -> None:
-    assert visible(" a\n\t<b>&") == "·a⏎⇥&lt;b>&amp;"
+    assert visible(" a\n\t<b>&") == "·a⏎⇥&lt;b&gt;&amp;"
 
 
 def test_a_long_label_is_cut() -> None:
     each = FeatureEffect("one", 3, 7, 1.0, 0.5, "x" * 60)
     assert feature_name(each) == f"L3 #7 {'x' * 43}…"
     assert feature_name(FeatureEffect("two", None, 7, 1.0, 0.5)) == "#7"
+    assert feature_name(FeatureEffect("two", None, 7, 1.0, 0.5, "<b>")) == "#7 &lt;b&gt;"
 
 
 def test_the_curve_has_a_point_per_k_with_its_interval_and_lines_for_the_parts() -> None:

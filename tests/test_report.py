@@ -8,6 +8,7 @@ from records import arm, interval, make_results, summary
 from rich.console import Console
 
 from fusion_lens.report import (
+    Section,
     caption,
     engine_line,
     failure_lines,
@@ -251,3 +252,9 @@ def test_two_runs_are_told_apart_arm_by_arm() -> None:
     table = run_differences(made, ("a", "b"))
     assert table.title == "b minus a, paired by question; p Holm-corrected over the arms"
     assert table.rows[0][:2] == ("full", "+0.50\n[+0.25, +0.75]\np 0.25")
+
+
+def test_a_cell_that_looks_like_markup_is_printed_as_it_is() -> None:
+    console = Console(width=80, file=io.StringIO())
+    console.print(Section("t", ("layer", "label"), (("1", "[/b] is [red]"),)).to_table())
+    assert "[/b] is [red]" in console.file.getvalue()
