@@ -291,7 +291,8 @@ def attribute(
     the model (`dictionaries.fit_to_model`).
 
     Raises:
-        DictionaryError: if two dictionaries read one layer, or one has another width.
+        DictionaryError: if two dictionaries read one layer or have one name, or one has another
+            width.
         PlanError: if a plan belongs to another model, or recomputes its mean.
     """
     one_of("kind", kind, KINDS)
@@ -299,6 +300,12 @@ def attribute(
     if len(set(layers)) != len(layers):
         raise DictionaryError(
             f"every layer must be read by one dictionary at most, but got {sorted(layers)}."
+        )
+    names = [dictionary.card.name for dictionary in dictionaries]
+    if len(set(names)) != len(names):
+        # a feature is known by the name of its dictionary
+        raise DictionaryError(
+            f"dictionaries must have different names, but got {', '.join(names)}; rename a folder."
         )
     steered = record_streams(model, texts, log=log)
     if kind == "injected":

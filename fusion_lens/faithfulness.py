@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fusion_lens.attribution import Attribution, FeatureEffect, attribute
+from fusion_lens.attribution import Attribution, attribute
 from fusion_lens.dictionaries import Dictionary
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError
@@ -260,25 +260,24 @@ def _parts(
     yield _Variant("full", 0, case.plan)
     yield _Variant("error", 0, keep_error(case.plan, found))
     yield _Variant("without error", 0, remove_error(case.plan, found))
+    active = [[each for each in effects.top() if each.effect] for effects in found.effects]
     for k in ks:
         best = [each for effects in ranked.effects for each in effects.top(k)]
         vectors = contribution_of(case.plan, found, best)
         yield _Variant("top", k, with_shift(case.plan, vectors))
         rng = random.Random(seed_of(seed, case.question_id, k))
         for _ in range(draws):
-            drawn = contribution_of(case.plan, found, list(_drawn(found, k, rng)))
+            drawn = contribution_of(
+                case.plan,
+                found,
+                [each for own in active for each in rng.sample(own, min(k, len(own)))],
+            )
             factors = vectors.norm(dim=-1) / drawn.norm(dim=-1)
             if bool(torch.isfinite(factors[vectors.any(dim=-1)]).all()):
                 drawn = torch.where(vectors.any(dim=-1)[:, None], drawn * factors[:, None], 0.0)
                 yield _Variant(
                     "random", k, with_shift(case.plan, drawn), float(factors.nanmedian())
                 )
-
-
-def _drawn(found: Attribution, k: int, rng: random.Random) -> Iterator[FeatureEffect]:
-    for effects in found.effects:
-        active = [each for each in effects.top() if each.effect]
-        yield from rng.sample(active, min(k, len(active)))
 
 
 def _removals(case: Case, ranked: Attribution, found: Attribution) -> Iterator[_Variant]:

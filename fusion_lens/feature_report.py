@@ -18,7 +18,7 @@ def feature_table(found: Attribution, k: int = 20, labels: Labels | None = None)
     """The `k` features of the largest effects."""
     rows = tuple(
         (
-            "all" if each.layer is None else str(each.layer),
+            _layer(each.layer),
             str(each.feature),
             f"{each.effect:+.3f}",
             "-" if each.share is None else f"{each.share:+.1%}",
@@ -47,6 +47,10 @@ def left_out_lines(found: Attribution) -> list[str]:
     if found.not_covered:
         lines.append(f"not covered: layers {', '.join(map(str, found.not_covered))}")
     return lines
+
+
+def _layer(layer: int | None) -> str:
+    return "all" if layer is None else str(layer)
 
 
 def _notes(card: Card) -> list[str]:
@@ -83,7 +87,7 @@ def difference_table(
     """The `k` features whose effects differ most between two plans on the same text."""
     rows = tuple(
         (
-            "all" if each.layer is None else str(each.layer),
+            _layer(each.layer),
             str(each.feature),
             *(f"{value:+.3f}" for value in (first, second, second - first)),
             each.label,
@@ -131,7 +135,7 @@ def coding_table(
     """See `coding_rows`."""
     rows = tuple(
         (
-            "all" if row["layer"] is None else str(row["layer"]),
+            _layer(row["layer"]),
             str(row["feature"]),
             f"{row['weight']:+.3f}",
             f"{row['error']:.2f}",

@@ -19,11 +19,7 @@ from fusion_lens.errors import (
 )
 from fusion_lens.generation import check_context, generate, with_shape
 from fusion_lens.models import HookedModel
-from fusion_lens.plans import (
-    MEANS,
-    POSITIONS,
-    Plan,
-)
+from fusion_lens.plans import MEANS, POSITIONS, Plan
 from fusion_lens.prompts import (
     Prompt,
     Template,

@@ -7,18 +7,14 @@ from dataclasses import replace
 
 from fusion_lens.decoding import Completion
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import (
-    ConfigError,
-)
+from fusion_lens.errors import ConfigError
 from fusion_lens.graders import Graded, grade
 from fusion_lens.judges import JudgeItem
 from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel, decode
 from fusion_lens.perplexity import Continuation, PerplexityModel
 from fusion_lens.preparation import Prepared, TuningConfig, pass_rows
-from fusion_lens.prompts import (
-    Prompt,
-)
+from fusion_lens.prompts import Prompt
 from fusion_lens.questions import Question
 
 

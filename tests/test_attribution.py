@@ -230,6 +230,8 @@ def test_two_dictionaries_of_one_layer_and_an_unknown_kind_are_refused(
     text = Text(prompts_of(tiny)[0], WRITTEN, strong_plan(tiny))
     with pytest.raises(DictionaryError, match=r"read by one dictionary at most, but got \[0, 1, 1"):
         attribute(tiny, [*dictionaries, linear((1,), 32)], [text])
+    with pytest.raises(DictionaryError, match="must have different names, but got one, one; ren"):
+        attribute(tiny, [dictionaries[0], linear((2,), 32, 20, "one")], [text])
     with pytest.raises(ConfigError, match="kind must be one of injected, total, but got 'both'"):
         attribute(tiny, dictionaries, [text], kind="both")
     with pytest.raises(DictionaryError, match="of width 12"):
