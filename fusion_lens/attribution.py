@@ -31,7 +31,7 @@ from fusion_lens.dictionaries import Card, Dictionary
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import DictionaryError, one_of
 from fusion_lens.feature_labels import dashboard_url
-from fusion_lens.models import HookedModel
+from fusion_lens.models import HookedModel, token_texts
 from fusion_lens.teacher_forcing import Text, record_streams
 
 KINDS = ("injected", "total")
@@ -318,7 +318,7 @@ def attribute(
     made = []
     for text, (x, y) in zip(texts, pairs, strict=True):
         read = [t for t in range(len(text.tokens)) if t not in text.prompt.special]
-        tokens = _str_tokens(model, text)
+        tokens = token_texts(model, text.tokens)
         writing = set(text.writing) or set(read)
         counted = torch.tensor([t in writing for t in read])
         made.append(
@@ -354,10 +354,6 @@ def _at(
     stream: Float[Tensor, "all_layers all_pos d_model"], dictionary: Dictionary, read: list[int]
 ) -> Float[Tensor, "pos layer d_model"]:
     return stream[list(dictionary.card.layers)][:, read].transpose(0, 1)
-
-
-def _str_tokens(model: HookedModel, text: Text) -> list[str]:
-    return [str(model.tokenizer.decode([token])) for token in text.tokens]
 
 
 def _signed_sizes(

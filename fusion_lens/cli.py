@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,13 @@ def run(
         Path | None,
         typer.Option(help="Text file for the divergence; without it Atlas' own for Atlas."),
     ] = None,
+    dictionary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Whose features the report shows of every plan: as for features, or none. "
+            "[default: atlas-crosscoder for Atlas]"
+        ),
+    ] = None,
     model: ModelOption = None,
     segments: SegmentsOption = "thirds",
     dtype: DtypeOption = None,
@@ -152,6 +160,7 @@ def run(
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.results import write_text
     from fusion_lens.selection import select_failed
+    from fusion_lens.shelves import explainer, open_dictionaries
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
@@ -196,6 +205,7 @@ def run(
         raise ConfigError(f"grades need a judge model, but the judge {judging.name} gives none.")
     fluency = _fluency(settings, device)
     opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
+    shelved = open_dictionaries(_dictionaries(dictionary, model), opened)
     with _progress() as progress:
         if failed:
             selected = select_failed(
@@ -223,7 +233,9 @@ def run(
             donors=[question for question in available if question.split in splits],
             judge=judging,
             fluency=fluency,
+            explain=explainer(opened, shelved) if shelved else None,
             source=source,
+            command=_command(),
             progress=progress,
         )
     _print_tables(results.summary)
@@ -605,6 +617,19 @@ def _load(
     # transformer-lens imports bitsandbytes wherever it is installed, and that tells what it lacks
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return load_model(model, dtype=dtype, device=device, load_in_8bit=load_in_8bit)
+
+
+def _dictionaries(given: list[str] | None, model: str | None) -> list[str]:
+    if given is None:
+        return ["atlas-crosscoder"] if model is None else []
+    return [] if given == ["none"] else given
+
+
+def _command() -> str:
+    """What was typed; a storage URL may hold a password."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    hidden = (re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", word) for word in words)
+    return shlex.join(hidden)
 
 
 def _require_writable(path: Path) -> None:

@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from fusion_lens.activations import padded_length
 from fusion_lens.arms import ARMS, TUNED, Bench, Chosen, choose, most_rows, prefix_of_question
+from fusion_lens.details import Detail, append_details
 from fusion_lens.divergence import n_counted, unrelated_texts
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError, one_of
@@ -44,6 +46,7 @@ from fusion_lens.scores import composite
 from fusion_lens.scoring import Scorer, judge_item
 from fusion_lens.search import check_storage
 from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
+from fusion_lens.tracing import Explain, details_of
 from fusion_lens.transfer import Reach, measure
 from fusion_lens.tuning import export_tuned, make_segments
 
@@ -113,7 +116,9 @@ def run(
     donors: Sequence[Question] | None = None,
     judge: Judge | None = None,
     fluency: PerplexityModel | None = None,
+    explain: Explain | None = None,
     source: Mapping[str, Any] | None = None,
+    command: str | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Every question under every arm; with `out`, write the run there.
@@ -122,8 +127,8 @@ def run(
     come from it, so that another selection gives the same numbers. `donors` lend their deltas to
     control arms: all questions of the split. Without them both are `questions`. `judge` labels
     what every arm chose (None: by spelling and value). `fluency` measures perplexity (None: the
-    unsteered model itself). `source` tells where the questions are from,
-    for the provenance.
+    unsteered model itself). `explain` tells the features of a plan (`shelves.explainer`). `source`
+    tells where the questions are from and `command` what was typed, for the provenance.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
     the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
@@ -180,7 +185,9 @@ def run(
                 )
                 block = [q.id for q in questions[start : start + config.block_size]]
                 shown = _within(progress, done=start, of=len(questions), config=config)
-                _run_block(bench, block, config, segments, unrelated, judge, kept, folder, shown)
+                _run_block(
+                    bench, block, config, segments, unrelated, judge, explain, kept, folder, shown
+                )
                 if kept.interrupted:
                     break
         except KeyboardInterrupt:
@@ -188,18 +195,17 @@ def run(
         failed = [lenders.failures[name] for name in ids if name in lenders.failures]
         lent = lenders.donors if "mismatched" in config.arms else {}
         donated = [lent[name].shared for name in ids if name in lent]
-    n_ready = len(kept.delta_norms)
+    n_ready = len(kept.details)
     seed = config.tuning.search.seed
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "provenance": asdict(_provenance(identity, config, questions, fluency)),
+        "provenance": asdict(_provenance(identity, config, questions, fluency, command)),
         "questions": {"n": len(questions), **(source or {})},
         "arms": summarise_arms(kept.records, config.arms, n_ready, seed),
         "comparisons": [asdict(each) for each in compare_arms(kept.records, config.arms, seed)],
         "groups": summarise_groups(kept.records, config.arms, seed),
         "failures": [_failure(failure) for failure in (*failed, *kept.failures)],
-        "delta_norms": kept.delta_norms,
-        "generic_share": kept.generic_shares,
+        "generic_share": _generic_share(kept.details),
         "donors": {
             "n": len(lenders.generic.of),
             "mismatched": len(donated),
@@ -213,7 +219,7 @@ def run(
     }
     if folder is not None:
         save_summary(folder, summary)
-    return Results(tuple(kept.records), Summary(summary))
+    return Results(tuple(kept.records), Summary(summary), tuple(kept.details))
 
 
 @dataclass(slots=True)
@@ -222,8 +228,7 @@ class _Kept:
 
     records: list[Result] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    delta_norms: dict[str, list[float]] = field(default_factory=dict)
-    generic_shares: dict[str, list[float]] = field(default_factory=dict)
+    details: list[Detail] = field(default_factory=list)
     interrupted: bool = False
 
 
@@ -234,6 +239,7 @@ def _run_block(
     segments: Mapping[str, tuple[Segment, ...]],
     unrelated: Sequence[Prompt],
     judge: Judge,
+    explain: Explain | None,
     kept: _Kept,
     folder: Path | None,
     progress: Progress | None,
@@ -252,25 +258,34 @@ def _run_block(
         _result(bench, *each, graded=judge.grade)
         for each in zip(chosen, reached, verdicts, strict=True)
     ]
-    _write_block(chosen, records, folder, config.storage)
+    details = details_of(bench, prepared, chosen, explain)
+    _write_block(chosen, records, details, folder, config.storage)
     kept.records += records
+    kept.details += details
     kept.failures += [
         Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
         for record in records
         if not record.finite
     ]
-    for item in prepared:
-        kept.delta_norms[item.question.id] = item.deltas.norms.tolist()
-        share = bench.lenders.share(item)
-        if share is not None:
-            kept.generic_shares[item.question.id] = share.tolist()
+
+
+def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:
+    """The median over questions of the mean over layers."""
+    shares = [each.generic_share for each in details if each.generic_share is not None]
+    means = [sum(share) / len(share) for share in shares]
+    return {"median": median(means) if means else None, "n": len(means)}
 
 
 def _write_block(
-    chosen: Sequence[Chosen], records: Sequence[Result], folder: Path | None, storage: str | None
+    chosen: Sequence[Chosen],
+    records: Sequence[Result],
+    details: Sequence[Detail],
+    folder: Path | None,
+    storage: str | None,
 ) -> None:
     if folder is not None:
         append_results(folder, records)
+        append_details(folder, details)
     for each in chosen:
         if each.tuned is None:
             continue
@@ -373,9 +388,11 @@ def _provenance(
     config: ExperimentConfig,
     questions: Sequence[Question],
     fluency: PerplexityModel | None,
+    command: str | None,
 ) -> Provenance:
     return Provenance.of(
         identity,
+        command=command,
         seed=config.tuning.search.seed,
         questions_sha256=questions_digest(questions),
         settings=_settings(config)

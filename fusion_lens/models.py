@@ -242,6 +242,26 @@ def decode(model: HookedModel, tokens: Sequence[int]) -> str:
     return text
 
 
+def token_texts(model: HookedModel, tokens: Sequence[int]) -> tuple[str, ...]:
+    """What each token adds to the text, special ones included.
+
+    Decoded alone, a token may lose the space it begins with. A character that several tokens spell
+    is told by the last of them.
+    """
+    texts, told = [], ""
+    for stop in range(1, len(tokens) + 1):
+        whole = str(model.tokenizer.decode(tokens[:stop], clean_up_tokenization_spaces=False))
+        if whole.endswith("\ufffd") and stop < len(tokens):
+            texts.append("")
+            continue
+        longer = whole.startswith(told)
+        texts.append(
+            whole[len(told) :] if longer else str(model.tokenizer.decode(tokens[stop - 1 : stop]))
+        )
+        told = whole
+    return tuple(texts)
+
+
 @contextmanager
 def evaluating(model: HookedModel) -> Iterator[None]:
     """No gradients and no dropout inside; every module's mode is given back as it was."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import PlanError, one_of
 from fusion_lens.models import ModelIdentity
+from fusion_lens.prompts import Layout
 
 MEANS = ("question", "sequence")
 POSITIONS = ("all", "prompt", "completion")
@@ -144,6 +145,20 @@ class Plan:
 
     def _norm_at(self, position: str) -> float:
         return float(self.shift_at(position).norm())
+
+    def steered_positions(self, layout: Layout) -> tuple[int, ...]:
+        """The positions of a prompt at which a step injects; those after it are steered unless all
+        steps are for the prompt alone."""
+        last = layout.length - 1
+        return tuple(
+            t
+            for t in range(layout.length)
+            if any(
+                step.positions in ("all", "prompt" if t < last else "completion")
+                and (step.steer_special or t not in layout.special)
+                for step in self.steps
+            )
+        )
 
     @property
     def needs_sequence(self) -> bool:

@@ -41,8 +41,10 @@ def run_figures(results: Results) -> list[Figure]:
     """The figures of a run: delta norms, scores and reach per arm, chosen coefficients. Empty ones
     are left out."""
     figures = []
-    if results.summary["delta_norms"]:
-        figures.append(plot_delta_norms(results.summary["delta_norms"]))
+    if results.details:
+        figures.append(
+            plot_delta_norms({each.question_id: each.delta_norms for each in results.details})
+        )
     arms = results.summary["arms"]
     figures.append(plot_scores(arms))
     if any(content["metrics"][name]["n"] for content in arms.values() for name in _REACH):

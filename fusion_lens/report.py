@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -129,11 +128,10 @@ def closing_lines(summary: Mapping[str, Any]) -> list[str]:
 def lender_lines(summary: Mapping[str, Any]) -> list[str]:
     """How much of the deltas is generic, and how many control arms had to share a word."""
     lines = []
-    shares = summary["generic_share"].values()
-    if shares:
-        mean = median(sum(share) / len(share) for share in shares)
-        line = f"generic share: {mean:.0%} of a delta's squared norm (median over "
-        line += f"{len(shares)} questions, mean over layers) lies along the mean delta of the "
+    share = summary["generic_share"]
+    if share["n"]:
+        line = f"generic share: {share['median']:.0%} of a delta's squared norm (median over "
+        line += f"{share['n']} questions, mean over layers) lies along the mean delta of the "
         lines.append(line + f"others, {summary['donors']['n']} in all")
     if "mismatched" in summary["arms"]:
         donors = summary["donors"]

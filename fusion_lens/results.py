@@ -1,6 +1,7 @@
-"""Records of a run on disk: `results.jsonl`, `summary.json`, `plans/*.safetensors`; versioned.
+"""Records of a run on disk: `results.jsonl`, `details.jsonl`, `summary.json`,
+`plans/*.safetensors`; versioned.
 
-`results.jsonl` has a line per question and arm. `summary.json` is written last and whole: a folder
+`results.jsonl` has a line per question and arm, `details.jsonl` one per question. `summary.json` is written last and whole: a folder
 without it holds a run that did not end.
 """
 
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusion_lens.details import DETAILS, Detail, load_details
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
 from fusion_lens.models import ModelIdentity
 from fusion_lens.scores import ACCURATE
@@ -23,7 +25,7 @@ from fusion_lens.scores import ACCURATE
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # malformed, a number of thousands of digits, brackets nested too deeply
 _NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
@@ -97,8 +99,9 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What was run, on what, with what."""
+    """What was run, on what, with what; `command` as it was typed, None where nothing was."""
 
+    command: str | None
     model: str
     weights_sha256: str
     processing_mode: str
@@ -113,6 +116,7 @@ class Provenance:
     def of(
         model: ModelIdentity,
         *,
+        command: str | None,
         seed: int,
         questions_sha256: str,
         settings: dict[str, Any],
@@ -121,6 +125,7 @@ class Provenance:
         """Gather the versions of the running environment."""
         versions = {name: version(name) for name in _PACKAGES}
         return Provenance(
+            command=command,
             model=model.name,
             weights_sha256=model.weights,
             processing_mode=model.processing,
@@ -158,10 +163,11 @@ class Summary(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The records of a run and its summary."""
+    """The records of a run, its summary, and what else it kept of every question."""
 
     records: tuple[Result, ...]
     summary: Summary
+    details: tuple[Detail, ...] = ()
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per question and arm, a column `coeff.<segment>` per coefficient.
@@ -202,7 +208,9 @@ def open_run_folder(folder: str | Path) -> Path:
         figures = [*(folder / "figures").glob("*.html"), *(folder / "figures").glob("*.png")]
         for stale in (
             *records,
+            folder / DETAILS,
             folder / "report.md",
+            folder / "report.html",
             *(folder / "plans").glob("*.safetensors"),
             *figures,
         ):
@@ -289,7 +297,8 @@ def load_results(folder: str | Path) -> Results:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
         raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
-    return Results(_records(Path(folder) / "results.jsonl"), Summary(summary))
+    folder = Path(folder)
+    return Results(_records(folder / "results.jsonl"), Summary(summary), load_details(folder))
 
 
 def _text(path: Path) -> str:

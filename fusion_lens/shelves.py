@@ -9,13 +9,13 @@ or `save_crosscoder` wrote, or RELEASE/ID as sae-lens names it. Labels lie besid
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_lens.atlas import DICTIONARIES
-from fusion_lens.attribution import Attribution
+from fusion_lens.attribution import Attribution, FeatureEffect, attribute
 from fusion_lens.crosscoder_files import WEIGHTS as CROSSCODER_WEIGHTS
 from fusion_lens.crosscoder_files import load_crosscoder
 from fusion_lens.dictionaries import Dictionary, fit_to_model
@@ -23,6 +23,7 @@ from fusion_lens.errors import InputFileError
 from fusion_lens.feature_labels import published_labels
 from fusion_lens.models import HookedModel
 from fusion_lens.saes import load_sae
+from fusion_lens.teacher_forcing import Text
 
 SHIPPED = {"atlas-sae": "sae_layer_*", "atlas-crosscoder": "crosscoder"}
 LABELS = "labels.json"
@@ -85,6 +86,22 @@ def labels_of(shelved: Sequence[Shelved], found: Attribution, k: int) -> dict[st
             shown = [feature.feature for feature in effects.top(k)]
             made[card.name] = published_labels(card, shown)
     return made
+
+
+def explainer(
+    model: HookedModel, shelved: Sequence[Shelved], k: int = 10
+) -> Callable[[Sequence[Text]], list[list[FeatureEffect]]]:
+    """A function that tells the `k` largest features of what each text's plan injects, with their
+    labels."""
+    dictionaries = [each.dictionary for each in shelved]
+
+    def explain(texts: Sequence[Text]) -> list[list[FeatureEffect]]:
+        return [
+            found.top(k, labels_of(shelved, found, k))
+            for found in attribute(model, dictionaries, texts)
+        ]
+
+    return explain
 
 
 def read_labels(folder: Path) -> dict[int, Label]:

@@ -10,6 +10,7 @@ tokens that generation had not written yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +114,19 @@ def log_probs(
     executor: str = "auto",
     log: EngineLog | None = None,
 ) -> list[float]:
-    """log p(written | prompt) of every text under its plan, in nats, summed over its tokens.
+    """log p(written | prompt) of every text under its plan, in nats, summed over its tokens; raises
+    as `token_log_probs` does."""
+    return [math.fsum(own) for own in token_log_probs(model, texts, executor=executor, log=log)]
+
+
+def token_log_probs(
+    model: HookedModel,
+    texts: Sequence[Text],
+    *,
+    executor: str = "auto",
+    log: EngineLog | None = None,
+) -> list[tuple[float, ...]]:
+    """log p of every written token given all before it, under the text's plan, in nats.
 
     Raises:
         PlanError: if a plan belongs to another model, or recomputes its mean.
@@ -125,7 +138,7 @@ def log_probs(
                 f"there must be tokens after the prompt, but {text.prompt.text!r} has none."
             )
 
-    def read(run: Executor, batch: _Batch) -> list[float]:
+    def read(run: Executor, batch: _Batch) -> list[tuple[float, ...]]:
         with run.at_blocks(batch.steering):
             logits = run.forward(batch.tokens, batch.mask, last=batch.n_written + 1)[:, :-1]
         losses = torch.nn.functional.cross_entropy(
@@ -133,9 +146,11 @@ def log_probs(
             batch.tokens[:, -batch.n_written :].flatten(),
             reduction="none",
         ).view(len(batch.tokens), -1)
-        counted = batch.mask[:, -batch.n_written :].bool()
-        totals = torch.where(counted, losses, torch.zeros_like(losses)).double().sum(dim=-1)
-        return [-total for total in totals.tolist()]
+        lengths = batch.mask[:, -batch.n_written :].sum(dim=-1).tolist()
+        return [
+            tuple(-loss for loss in row[:length])
+            for row, length in zip(losses.tolist(), lengths, strict=True)
+        ]
 
     return _in_batches(model, texts, read, _ROWS, executor, log)
 

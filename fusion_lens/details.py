@@ -1,0 +1,157 @@
+"""What a run keeps of every question besides its scores: layers, tokens, features; on disk as
+`details.jsonl`, a line per question.
+
+A completion says what steering did to the answer; these say where it was taken from, where it went
+in, and which tokens it made likelier.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fusion_lens.errors import InputFileError, OutputError
+
+DETAILS = "details.jsonl"
+# malformed, a number of thousands of digits, brackets nested too deeply
+_NOT_JSON = (ValueError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A text token by token, and the positions that are marked in it."""
+
+    tokens: tuple[str, ...]
+    marked: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= t < len(self.tokens) for t in self.marked):
+            raise ValueError(f"positions must be below {len(self.tokens)}, but got {self.marked}")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One arm's completion token by token: log p of each token, in nats, given the prompt and the
+    tokens before it, with the arm's plan and without any."""
+
+    arm: str
+    tokens: tuple[str, ...]
+    steered: tuple[float, ...]
+    unsteered: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.steered) == len(self.unsteered):
+            raise ValueError("every token must have two log-probabilities")
+
+    @property
+    def shifts(self) -> tuple[float, ...]:
+        """How far steering moved each token's log-probability, in nats."""
+        return tuple(a - b for a, b in zip(self.steered, self.unsteered, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureShare:
+    """A sparse feature's part in what a plan injects; as `attribution.FeatureEffect`."""
+
+    layer: int | None
+    feature: int
+    effect: float
+    share: float | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """One question's layers, tokens and features.
+
+    `delta_norms` and `base_norms` are |h[l] - mu[l]| and |mu[l]| per layer, in residual units;
+    `generic_share` is that of `controls`, None without other questions. `captured` is the reference
+    text, marked where its mean was taken; `steered` the prompt, marked where a plan injects.
+    `features` are those of the plan of `features_of`, the largest first.
+    """
+
+    question_id: str
+    delta_norms: tuple[float, ...]
+    base_norms: tuple[float, ...]
+    generic_share: tuple[float, ...] | None
+    captured: Marked
+    steered: Marked
+    traces: tuple[Trace, ...] = ()
+    features: tuple[FeatureShare, ...] = ()
+    features_of: str | None = None
+
+    @property
+    def relative_norms(self) -> tuple[float, ...]:
+        """|h[l] - mu[l]| / |mu[l]| per layer; infinite where the base is 0."""
+        return tuple(
+            delta / base if base else float("inf")
+            for delta, base in zip(self.delta_norms, self.base_norms, strict=True)
+        )
+
+
+def append_details(folder: Path, details: Iterable[Detail]) -> None:
+    """Add lines to `details.jsonl`.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    path = folder / DETAILS
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for detail in details:
+                file.write(json.dumps(asdict(detail), ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OutputError(path, error.strerror or str(error)) from error
+
+
+def load_details(folder: Path) -> tuple[Detail, ...]:
+    """Those of a run; none where it kept none.
+
+    Raises:
+        InputFileError: if the file is malformed; names the line.
+    """
+    path = folder / DETAILS
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
+    details = []
+    # not splitlines: a token may be U+2028, which JSON leaves as it is
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            details.append(_detail(json.loads(line)))
+        except (*_NOT_JSON, TypeError, KeyError) as error:
+            raise InputFileError(path, f"must be a question's details: {error}", number) from error
+    return tuple(details)
+
+
+def _detail(content: Mapping[str, Any]) -> Detail:
+    share = content["generic_share"]
+    return Detail(
+        question_id=content["question_id"],
+        delta_norms=tuple(content["delta_norms"]),
+        base_norms=tuple(content["base_norms"]),
+        generic_share=None if share is None else tuple(share),
+        captured=_marked(content["captured"]),
+        steered=_marked(content["steered"]),
+        traces=tuple(
+            Trace(
+                each["arm"],
+                tuple(each["tokens"]),
+                tuple(each["steered"]),
+                tuple(each["unsteered"]),
+            )
+            for each in content["traces"]
+        ),
+        features=tuple(FeatureShare(**each) for each in content["features"]),
+        features_of=content["features_of"],
+    )
+
+
+def _marked(content: Mapping[str, Any]) -> Marked:
+    return Marked(tuple(content["tokens"]), tuple(content["marked"]))

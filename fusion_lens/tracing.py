@@ -1,0 +1,118 @@
+"""What one question's arms chose -> its `Detail`: the completions token by token, steered and not,
+and what the method's plan is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from fusion_lens.arms import Bench, Chosen
+from fusion_lens.attribution import FeatureEffect
+from fusion_lens.details import Detail, FeatureShare, Marked, Trace
+from fusion_lens.models import token_texts
+from fusion_lens.plans import Plan
+from fusion_lens.preparation import Prepared
+from fusion_lens.teacher_forcing import Text, token_log_probs
+
+Explain = Callable[[Sequence[Text]], Sequence[Sequence[FeatureEffect]]]
+"""Texts under their plans -> the features that each plan injects, the largest first."""
+
+_EXPLAINED = ("segmented", "full")
+_TEXTS_AT_ONCE = 8
+
+
+def details_of(
+    bench: Bench,
+    prepared: Sequence[Prepared],
+    chosen: Sequence[Chosen],
+    explain: Explain | None = None,
+) -> list[Detail]:
+    """One `Detail` for each prepared question. Plans that inject nothing, or that cannot be read
+    teacher-forced, have no trace."""
+    read = [
+        (each, Text(each.prepared.prompt, each.graded.completion.tokens, each.plan))
+        for each in chosen
+        if each.plan is not None
+        and not each.plan.needs_sequence
+        and each.graded.completion.finite
+        and each.graded.completion.tokens
+    ]
+    traces: dict[str, list[Trace]] = {}
+    for (each, _), trace in zip(read, _traces(bench, read), strict=True):
+        if trace is not None:
+            traces.setdefault(each.prepared.question.id, []).append(trace)
+    explained: dict[str, tuple[str, Text]] = {}
+    for arm in _EXPLAINED:
+        for each, text in read:
+            if each.arm == arm:
+                explained.setdefault(each.prepared.question.id, (arm, text))
+    features = {} if explain is None else _features(explain, explained)
+    planned = {each.prepared.question.id: each.tuned.plan for each in chosen if each.tuned}
+    made = []
+    for item in prepared:
+        name = item.question.id
+        share = bench.lenders.share(item)
+        own_features = features.get(name, ())
+        made.append(
+            Detail(
+                question_id=name,
+                delta_norms=_rounded(item.deltas.norms.tolist()),
+                base_norms=_rounded(item.deltas.base.norm(dim=-1).tolist()),
+                generic_share=None if share is None else _rounded(share.tolist()),
+                captured=Marked(
+                    token_texts(bench.model, item.reference.tokens), item.reference.pooled
+                ),
+                steered=_steered(bench, item, planned.get(name)),
+                traces=tuple(traces.get(name, ())),
+                features=own_features,
+                features_of=explained[name][0] if own_features else None,
+            )
+        )
+    return made
+
+
+def _steered(bench: Bench, item: Prepared, plan: Plan | None) -> Marked:
+    positions = () if plan is None else plan.steered_positions(item.prompt.layout)
+    return Marked(token_texts(bench.model, item.prompt.tokens), positions)
+
+
+def _traces(bench: Bench, pairs: Sequence[tuple[Chosen, Text]]) -> list[Trace | None]:
+    """None where a log-probability is not finite."""
+    texts = [text for _, text in pairs]
+    both = [*texts, *(replace(text, plan=None) for text in texts)]
+    executor = bench.config.generation.executor
+    read = token_log_probs(bench.model, both, executor=executor, log=bench.log)
+    traces: list[Trace | None] = []
+    for (each, text), steered, unsteered in zip(pairs, read, read[len(texts) :], strict=False):
+        finite = all(map(math.isfinite, (*steered, *unsteered)))
+        tokens = token_texts(bench.model, text.tokens)[len(text.prompt.tokens) :]
+        trace = Trace(each.arm, tokens, _rounded(steered), _rounded(unsteered))
+        traces.append(trace if finite else None)
+    return traces
+
+
+def _features(
+    explain: Explain, texts: Mapping[str, tuple[str, Text]]
+) -> dict[str, tuple[FeatureShare, ...]]:
+    names = list(texts)
+    found: dict[str, tuple[FeatureShare, ...]] = {}
+    for start in range(0, len(names), _TEXTS_AT_ONCE):
+        some = names[start : start + _TEXTS_AT_ONCE]
+        effects = explain([texts[name][1] for name in some])
+        found |= {name: tuple(map(_share, own)) for name, own in zip(some, effects, strict=True)}
+    return found
+
+
+def _share(each: FeatureEffect) -> FeatureShare:
+    share = None if each.share is None else _round(each.share)
+    return FeatureShare(each.layer, each.feature, _round(each.effect), share, each.label)
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(_round, values))
+
+
+def _round(value: float) -> float:
+    """Five significant digits: pictures are made of these, no test."""
+    return float(f"{value:.5g}")
