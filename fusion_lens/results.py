@@ -1,8 +1,8 @@
 """Records of a run on disk: `results.jsonl`, `details.jsonl`, `summary.json`,
 `plans/*.safetensors`; versioned.
 
-`results.jsonl` has a line per question and arm, `details.jsonl` one per question. `summary.json` is written last and whole: a folder
-without it holds a run that did not end.
+`results.jsonl` has a line per question and arm, `details.jsonl` one per question. `summary.json` is
+written last and whole: a folder without it holds a run that did not end.
 """
 
 from __future__ import annotations

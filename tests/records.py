@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from fusion_lens.details import Detail, FeatureShare, Marked, Trace
 from fusion_lens.results import Result, Results, Summary
 from fusion_lens.scores import label_figures
 from fusion_lens.statistics import Interval
@@ -86,7 +87,7 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 4,
+        "schema_version": 5,
         "provenance": {
             "model": "tiny",
             "settings": {
@@ -104,13 +105,29 @@ def summary(**arms: dict[str, Any]) -> dict[str, Any]:
         "interrupted": False,
         "comparisons": [],
         "groups": {},
-        "generic_share": {"lovelace": [0.5, 0.75], "harris": [0.25, 0.25]},
+        "generic_share": {"median": 0.4375, "n": 2},
         "donors": {"n": 12, "mismatched": 11, "sharing_a_word": 2},
         "judge": {"name": "lexical", "grade": False},
         "unrelated_tokens": 2000,
-        "delta_norms": {"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]},
         "seconds": 1.5,
     }
+
+
+def detail(question_id: str, norms: tuple[float, ...], **more: object) -> Detail:
+    made = Detail(
+        question_id=question_id,
+        delta_norms=norms,
+        base_norms=tuple(2 * norm for norm in norms),
+        generic_share=(0.5,) * len(norms),
+        captured=Marked(("<s>", "Who", "?", "\n", "Ada", " Lovelace"), (4, 5)),
+        steered=Marked(("<s>", "Who", "?"), (1, 2)),
+        traces=(
+            Trace("segmented", ("Ada", " <b>", "</s>"), (-0.5, -1.0, -0.25), (-4.5, -0.5, -0.25)),
+        ),
+        features=(FeatureShare(1, 7, 2.5, 0.125, "a <name>"),),
+        features_of="segmented",
+    )
+    return replace(made, **more)
 
 
 def make_results() -> Results:
@@ -132,4 +149,5 @@ def make_results() -> Results:
         replace(LOVELACE, question_id="harris", subject="Tom Harris"),
         tuned("harris", 0.0, 0.0, zero_won=True),
     )
-    return Results(records, Summary(summary(**arms)))
+    details = (detail("lovelace", (1.0, 2.0)), detail("harris", (3.0, 5.0)))
+    return Results(records, Summary(summary(**arms)), details)

@@ -23,6 +23,7 @@ from fusion_lens.models import (
     load_model,
     resid_post,
     stop_tokens,
+    token_texts,
 )
 
 
@@ -169,3 +170,24 @@ def test_a_hub_name_that_is_nowhere_is_one_error() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
     assert "ModelError: no-such-model must be a checkpoint folder or a model of" in done.stderr
+
+
+def test_the_texts_of_tokens_join_to_the_text_they_spell(tiny, stories_folder) -> None:
+    text = "Tom é 🙂 saw  the cat.\nÜber 1901"
+    for model in (tiny, load_model(stories_folder), load_model()):
+        tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        texts = token_texts(model, tokens)
+        assert len(texts) == len(tokens)
+        decoded = model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        assert "".join(texts) == decoded
+
+
+def test_a_token_keeps_its_space_and_special_ones_are_told() -> None:
+    model = load_model()
+    tokens = [
+        model.tokenizer.bos_token_id,
+        *model.tokenizer(" red book", add_special_tokens=False)["input_ids"],
+    ]
+    assert token_texts(model, tokens)[0] == "<s>"
+    assert "".join(token_texts(model, tokens)[1:]) == " red book"
+    assert token_texts(model, []) == ()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import LOVELACE, interval, make_results, tuned
 
+from fusion_lens.details import append_details
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
 from fusion_lens.models import ModelIdentity
 from fusion_lens.results import (
@@ -26,13 +27,14 @@ from fusion_lens.results import (
     save_summary,
 )
 
-SUMMARY = {"schema_version": 4, "seconds": 1.5}
+SUMMARY = {"schema_version": 5, "seconds": 1.5}
 
 
 def saved(folder: Path, results: Results | None = None) -> Path:
     results = results or make_results()
     open_run_folder(folder)
     append_results(folder, results.records)
+    append_details(folder, results.details)
     save_summary(folder, results.summary)
     return folder
 
@@ -81,7 +83,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_file_whole(
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         append_results(folder, [replace(LOVELACE, nll=value)])
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        save_summary(folder, {"schema_version": 4, "seconds": value})
+        save_summary(folder, {"schema_version": 5, "seconds": value})
     assert load_results(folder) == make_results()
 
 
@@ -183,9 +185,9 @@ def test_a_malformed_record_is_named_by_its_line(
         (b"", "must be JSON: Expecting value"),
         (b"[" * 100_000, "must be JSON: maximum recursion depth exceeded"),
         (b"\xff{}", "must be UTF-8 text: invalid start byte"),
-        (b"[]", "schema_version must be 4"),
-        (b"{}", "schema_version must be 4"),
-        (b'{"schema_version": 1}', "schema_version must be 4"),
+        (b"[]", "schema_version must be 5"),
+        (b"{}", "schema_version must be 5"),
+        (b'{"schema_version": 1}', "schema_version must be 5"),
     ],
 )
 def test_a_summary_that_cannot_be_used_is_named(
@@ -279,8 +281,14 @@ def test_provenance_names_model_seed_and_the_versions_that_ran() -> None:
         embedding="e" * 64,
     )
     made = Provenance.of(
-        model, seed=3, questions_sha256="q", settings={"arms": ["full"]}, threads=2
+        model,
+        command="fusion-lens run",
+        seed=3,
+        questions_sha256="q",
+        settings={"arms": ["full"]},
+        threads=2,
     )
+    assert made.command == "fusion-lens run"
     assert (made.model, made.weights_sha256, made.dtype) == ("tiny", "w" * 64, "float32")
     assert (made.processing_mode, made.seed, made.threads) == ("unprocessed", 3, 2)
     assert made.settings == {"arms": ["full"]}

@@ -5,13 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import deltas_of
 from crosscoders import made
 
 from fusion_lens.atlas import DICTIONARIES
+from fusion_lens.attribution import attribute
 from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
 from fusion_lens.errors import DictionaryError, InputFileError
 from fusion_lens.models import HookedModel
-from fusion_lens.shelves import Label, Shelved, open_dictionaries, read_labels
+from fusion_lens.plans import make_plan
+from fusion_lens.prompts import question_prompt
+from fusion_lens.shelves import Label, Shelved, explainer, open_dictionaries, read_labels
+from fusion_lens.teacher_forcing import Text
 
 SAE = DICTIONARIES / "sae_layer_2"
 COLUMNS = ["label", "kind", "precise"]
@@ -111,3 +116,14 @@ def test_features_without_a_label_keep_their_place(tmp_path: Path) -> None:
     content = json.dumps({"columns": [*COLUMNS, "more"], "rows": rows})
     (tmp_path / "labels.json").write_text(content, "utf-8")
     assert read_labels(tmp_path) == {1: Label("May", "entity", True)}
+
+
+def test_an_explainer_gives_the_largest_features_with_their_labels(atlas: HookedModel) -> None:
+    shelved = open_dictionaries(["atlas-crosscoder"], atlas)
+    plan = make_plan(deltas_of(atlas), 0.5)
+    text = Text(question_prompt(atlas, "Who wrote the red book?"), (40, 41), plan)
+    (found,) = attribute(atlas, [shelved[0].dictionary], [text])
+    (features,) = explainer(atlas, shelved, k=3)([text])
+    assert features == found.top(3, {"crosscoder": shelved[0].texts})
+    assert len(features) == 3
+    assert any(each.label for each in features)

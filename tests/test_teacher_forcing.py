@@ -9,7 +9,7 @@ from fusion_lens.hooks import fwd_hooks, steering
 from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.plans import Plan, make_plan
 from fusion_lens.prompts import tokenize
-from fusion_lens.teacher_forcing import Text, log_probs, record_streams
+from fusion_lens.teacher_forcing import Text, log_probs, record_streams, token_log_probs
 
 WRITTEN = (40, 41, 42, 43, 44)
 
@@ -117,3 +117,29 @@ def test_a_recomputed_mean_is_refused_because_it_would_see_later_tokens(tiny: Ho
     for read in (record_streams, log_probs):
         with pytest.raises(PlanError, match="must have a constant shift to be read teacher-forced"):
             read(tiny, [text])
+
+
+def test_every_token_has_its_own_log_probability(tiny: HookedModel, executor: str) -> None:
+    plan = strong_plan(tiny, 0.5)
+    prompt = prompts_of(tiny)[1]
+    texts = [Text(prompt, WRITTEN, plan), Text(prompt, WRITTEN[:2])]
+    steered, plain = token_log_probs(tiny, texts, executor=executor)
+    assert (len(steered), len(plain)) == (5, 2)
+    with steering(tiny, plan, prompt=prompt), torch.no_grad():
+        logits = tiny(torch.tensor([texts[0].tokens]))[0]
+    start = len(prompt.tokens) - 1
+    expected = logits[start : start + 5].log_softmax(dim=-1)[range(5), list(WRITTEN)]
+    assert steered == pytest.approx(expected.tolist(), abs=1e-4)
+    assert log_probs(tiny, texts, executor=executor) == [sum(steered), pytest.approx(sum(plain))]
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "completion"])
+def test_the_positions_a_plan_names_are_those_where_the_stream_changes(
+    tiny: HookedModel, positions: str
+) -> None:
+    for special in (False, True):
+        plan = strong_plan(tiny, positions=positions, steer_special=special)
+        prompt = prompts_of(tiny)[2]
+        (streams,) = record_streams(tiny, [Text(prompt, (), plan)])
+        changed = (streams.entering != streams.leaving).any(dim=-1).any(dim=0)
+        assert plan.steered_positions(prompt.layout) == tuple(changed.nonzero()[:, 0].tolist())
