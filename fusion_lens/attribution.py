@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import chain
 from typing import Any
 
@@ -32,6 +31,7 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import DictionaryError, one_of
 from fusion_lens.feature_labels import dashboard_url
 from fusion_lens.models import HookedModel, token_texts
+from fusion_lens.tables import Section, Shows
 from fusion_lens.teacher_forcing import Text, record_streams
 
 KINDS = ("injected", "total")
@@ -58,8 +58,8 @@ class FeatureEffect:
     per_layer: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Effects:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Effects(Shows):
     """A change in the features of one dictionary.
 
     `features` are those with a code before or after, in ascending order; `token_effects` their
@@ -119,6 +119,21 @@ class Effects:
         """The norm of the change by layer."""
         return dict(zip(self.card.layers, self.delta.norm(dim=-1).tolist(), strict=True))
 
+    def table(
+        self, k: int | None = _ROWS_SHOWN, labels: Mapping[int, str] | None = None
+    ) -> Section:
+        """The `k` features of the largest effects, and how much of the change they leave out."""
+        title = f"{self.kind} change; effects in residual units"
+        return _feature_table(title, self.top(k, labels), (self.left_out(),))
+
+    def left_out(self) -> str:
+        """How many features are active, and how much of the change none explains."""
+        shares = f"relative error {shown_share(self.relative_error)}, "
+        shares += f"cosine {shown_share(self.cosine)}"
+        size = f"{len(self.features)} features active; of a change of norm "
+        size += f"{float(self.delta.norm()):.2f}"
+        return "; ".join([f"{self.card.name}: {size}, {shares}", *_notes(self.card)])
+
     def place(self, feature: int) -> int | None:
         """Where a feature is among `features`; None if it has no code."""
         return self.features.index(feature) if feature in self.features else None
@@ -145,8 +160,8 @@ class Effects:
         ]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Attribution:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Attribution(Shows):
     """A change of the residual stream in the features of one dictionary or several.
 
     `str_tokens` are the tokens of `Effects.token_effects`, `counted` tells which of them the means
@@ -189,18 +204,28 @@ class Attribution:
             "not_covered": list(self.not_covered),
         }
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{'all' if each.layer is None else each.layer}</td><td>{each.feature}</td>"
-            f"<td>{each.effect:+.3f}</td><td>{escape(each.dictionary)}</td></tr>"
-            for each in self.top(_ROWS_SHOWN)
-        )
-        covered = f"; layers without a dictionary: {self.not_covered}" if self.not_covered else ""
-        return (
-            "<table><thead><tr><th>layer</th><th>feature</th><th>effect</th><th>dictionary</th>"
-            f"</tr></thead><tbody>{rows}</tbody></table><p>{self.effects[0].kind}; relative error "
-            f"{shown_share(self.relative_error)}, cosine {shown_share(self.cosine)}{covered}</p>"
-        )
+    def table(
+        self,
+        k: int | None = _ROWS_SHOWN,
+        labels: Mapping[str, Mapping[int, str]] | None = None,
+    ) -> Section:
+        """The `k` features of the largest effects, and how much of the change they leave out."""
+        title = f"{self.effects[0].kind} change; effects in residual units, means over "
+        title += f"{sum(self.counted)} tokens"
+        return _feature_table(title, self.top(k, labels), tuple(self.left_out()))
+
+    def left_out(self) -> list[str]:
+        """Per dictionary: how many features are active, and how much of the change none
+        explains."""
+        lines = [each.left_out() for each in self.effects]
+        if len(self.effects) > 1:
+            lines.append(
+                f"all: relative error {shown_share(self.relative_error)}, "
+                f"cosine {shown_share(self.cosine)}"
+            )
+        if self.not_covered:
+            lines.append(f"not covered: layers {', '.join(map(str, self.not_covered))}")
+        return lines
 
     @property
     def relative_error(self) -> float | None:
@@ -341,9 +366,34 @@ def attribute(
     return made
 
 
+def shown_layer(layer: int | None) -> str:
+    """A feature's layer; "all" for one of a dictionary of several."""
+    return "all" if layer is None else str(layer)
+
+
 def shown_share(value: float | None) -> str:
     """With two decimals; "-" for a change that is 0."""
     return "-" if value is None else f"{value:.2f}"
+
+
+def _feature_table(title: str, top: Sequence[FeatureEffect], notes: tuple[str, ...]) -> Section:
+    rows = tuple(
+        (
+            shown_layer(each.layer),
+            str(each.feature),
+            f"{each.effect:+.3f}",
+            "-" if each.share is None else f"{each.share:+.1%}",
+            each.label,
+        )
+        for each in top
+    )
+    return Section(title, ("layer", "feature", "effect", "share", "label"), rows, notes)
+
+
+def _notes(card: Card) -> list[str]:
+    if card.neuronpedia_id is None:
+        return list(card.notes)
+    return [*card.notes, f"its features' pages: {dashboard_url(card.neuronpedia_id, 0)[:-1]}N"]
 
 
 def _over(above: float, below: float) -> float | None:

@@ -437,8 +437,6 @@ def features(
         coding_table,
         compare_features,
         difference_table,
-        feature_table,
-        left_out_lines,
     )
     from fusion_lens.pictures import write_figures
     from fusion_lens.plan_files import load_plan
@@ -476,14 +474,12 @@ def features(
         print(json.dumps(content, ensure_ascii=False, allow_nan=False))
     else:
         print(f"{text.prompt.text!r} -> {_written(opened, text)!r}")
-        tables = [feature_table(found, top, labels)]
+        tables = [found.table(top, labels)]
         tables += [difference_table(found, o, ("plan", "other"), top, labels) for o in others]
         if coding:
             tables.append(coding_table(found, dictionaries, coding, labels))
         for table in tables:
             Console().print(table.to_table())
-        for line in left_out_lines(found):
-            print(line)
     if out is not None:
         plots = (plot_top_features, plot_layer_features, plot_token_features)
         missing = write_figures([plot(found, labels=labels) for plot in plots], out)

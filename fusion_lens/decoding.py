@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fusion_lens.differences import marked_words
 from fusion_lens.errors import ConfigError, one_of
 from fusion_lens.executors import EXECUTORS
 from fusion_lens.plans import Plan
 from fusion_lens.prompts import Prompt
+from fusion_lens.tables import Cell, Section, Shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(Shows):
     """What a row wrote: text without prompt, stop token and special tokens.
 
     `tokens` hold the stop token, if the row `ended`. Not `finite`: a step's logits held NaN or
@@ -86,6 +88,25 @@ class Completion:
     finite: bool = True
     margin: float | None = field(default=None, repr=False, compare=False)
     logits: Float[Tensor, "step d_vocab"] | None = field(default=None, repr=False, compare=False)
+
+    def table(self) -> Section:
+        """Its text, and how it came about."""
+        return Section("completion", ("", "text"), (("text", self.text), *self._told()))
+
+    def beside(self, unsteered: Completion) -> Section:
+        """A table of both, with the words that differ from the unsteered text marked."""
+        marked = marked_words(unsteered.text, self.text)
+        rows: list[tuple[Cell, ...]] = [("text", unsteered.text, marked)]
+        told = zip(unsteered._told(), self._told(), strict=True)
+        rows += [(name, before, after) for (name, before), (_, after) in told]
+        return Section("steered beside unsteered", ("", "unsteered", "steered"), tuple(rows))
+
+    def _told(self) -> tuple[tuple[str, str], ...]:
+        return (
+            ("tokens", f"{len(self.tokens)}, {'ended' if self.ended else 'cut off'}"),
+            ("smallest margin", "-" if self.margin is None else f"{self.margin:.3g}"),
+            ("logits", "finite" if self.finite else "not finite: the text means nothing"),
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -18,10 +18,11 @@ from fusion_lens.activations import Activations, activations_from_cache
 from fusion_lens.errors import ActivationError
 from fusion_lens.models import ModelIdentity
 from fusion_lens.prompts import Layout, Prompt
+from fusion_lens.tables import Section, Shows
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Deltas:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Deltas(Shows):
     """`reference` and `base` means of one question; `layout` is that of the base prompt, the one to
     steer."""
 
@@ -57,6 +58,35 @@ class Deltas:
         """The Euclidean norm of every layer's vector."""
         norms: Tensor = torch.linalg.vector_norm(self.vectors, dim=-1)
         return norms
+
+    @property
+    def relative_norms(self) -> Float[Tensor, " layer"]:
+        """`|h[l] - mu[l]| / |mu[l]|`: how large each layer's step is beside what it starts from."""
+        ratios: Tensor = self.norms / self.base.norm(dim=-1)
+        return ratios
+
+    def table(self) -> Section:
+        """Norms per layer, and the cosine with the layer below."""
+        cosines = torch.nn.functional.cosine_similarity(self.vectors[1:], self.vectors[:-1], dim=-1)
+        columns = (self.norms, self.base.norm(dim=-1), self.relative_norms)
+        rows = tuple(
+            (
+                str(layer),
+                *(f"{float(column[layer]):.2f}" for column in columns),
+                f"{float(cosines[layer - 1]):+.2f}" if layer else "-",
+            )
+            for layer in range(len(self.norms))
+        )
+        header = ("layer", "‖h − μ‖", "‖μ‖", "ratio", "cosine with the layer below")
+        title = f"deltas of {self.model.name}: {len(rows)} layers of {self.model.d_model}; "
+        return Section(title + "norms in residual units", header, rows)
+
+    def __repr__(self) -> str:
+        low, high = float(self.norms.min()), float(self.norms.max())
+        return (
+            f"Deltas({self.model.name}, {self.model.n_layers} layers of {self.model.d_model}, "
+            f"norms {low:.3g} to {high:.3g})"
+        )
 
     def __add__(self, other: Deltas) -> Deltas:
         _require_same_model(self.model, other.model)

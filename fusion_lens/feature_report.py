@@ -1,62 +1,16 @@
-"""An attribution -> a table of its features, and lines on what they leave out; two beside each
-other; and the second view, signed sparse coding of the change on the decoder's directions."""
+"""Two attributions beside each other, and the second view of one: signed sparse coding of the
+change on the decoder's directions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fusion_lens.attribution import Attribution, FeatureEffect, shown_share
-from fusion_lens.dictionaries import Card, Dictionary
-from fusion_lens.feature_labels import dashboard_url
+from fusion_lens.attribution import Attribution, FeatureEffect, shown_layer
+from fusion_lens.dictionaries import Dictionary
 from fusion_lens.feature_plots import Labels
-from fusion_lens.report import Section
 from fusion_lens.sparse_coding import sparse_code
-
-
-def feature_table(found: Attribution, k: int = 20, labels: Labels | None = None) -> Section:
-    """The `k` features of the largest effects."""
-    rows = tuple(
-        (
-            _layer(each.layer),
-            str(each.feature),
-            f"{each.effect:+.3f}",
-            "-" if each.share is None else f"{each.share:+.1%}",
-            each.label,
-        )
-        for each in found.top(k, labels)
-    )
-    title = f"{found.effects[0].kind} change; effects in residual units, means over "
-    title += f"{sum(found.counted)} tokens"
-    return Section(title, ("layer", "feature", "effect", "share", "label"), rows)
-
-
-def left_out_lines(found: Attribution) -> list[str]:
-    """Per dictionary: how many features are active, and how much of the change none explains."""
-    lines = [
-        f"{each.card.name}: {len(each.features)} features active; of a change of norm "
-        f"{float(each.delta.norm()):.2f}, relative error {shown_share(each.relative_error)}, "
-        f"cosine {shown_share(each.cosine)}" + "".join(f"; {note}" for note in _notes(each.card))
-        for each in found.effects
-    ]
-    if len(found.effects) > 1:
-        lines.append(
-            f"all: relative error {shown_share(found.relative_error)}, "
-            f"cosine {shown_share(found.cosine)}"
-        )
-    if found.not_covered:
-        lines.append(f"not covered: layers {', '.join(map(str, found.not_covered))}")
-    return lines
-
-
-def _layer(layer: int | None) -> str:
-    return "all" if layer is None else str(layer)
-
-
-def _notes(card: Card) -> list[str]:
-    if card.neuronpedia_id is None:
-        return list(card.notes)
-    return [*card.notes, f"its features' pages: {dashboard_url(card.neuronpedia_id, 0)[:-1]}N"]
+from fusion_lens.tables import Section
 
 
 def compare_features(
@@ -87,7 +41,7 @@ def difference_table(
     """The `k` features whose effects differ most between two plans on the same text."""
     rows = tuple(
         (
-            _layer(each.layer),
+            shown_layer(each.layer),
             str(each.feature),
             *(f"{value:+.3f}" for value in (first, second, second - first)),
             each.label,
@@ -135,7 +89,7 @@ def coding_table(
     """See `coding_rows`."""
     rows = tuple(
         (
-            _layer(row["layer"]),
+            shown_layer(row["layer"]),
             str(row["feature"]),
             f"{row['weight']:+.3f}",
             f"{row['error']:.2f}",

@@ -23,6 +23,7 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.errors import PlanError, one_of
 from fusion_lens.models import ModelIdentity
 from fusion_lens.prompts import Layout
+from fusion_lens.tables import Section, Shows
 
 MEANS = ("question", "sequence")
 POSITIONS = ("all", "prompt", "completion")
@@ -98,8 +99,8 @@ class Step:
         return self.layer_coeffs[:, None] * self.deltas.vectors
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Plan(Shows):
     """Steps to run in order on one model."""
 
     steps: tuple[Step, ...]
@@ -165,6 +166,28 @@ class Plan:
         """Whether a step recomputes its mean on the whole sequence, so that no KV cache may be
         used."""
         return any(step.mean == "sequence" for step in self.steps)
+
+    def table(self) -> Section:
+        """Where it injects, and how strongly."""
+        rows = tuple(
+            (
+                str(n),
+                segment.name,
+                f"{segment.start} to {segment.stop - 1}",
+                f"{coeff:.3f}",
+                step.mean,
+                step.positions + (", special tokens too" if step.steer_special else ""),
+            )
+            for n, step in enumerate(self.steps, start=1)
+            for segment, coeff in zip(step.segments, step.coeffs, strict=True)
+        )
+        header = ("step", "segment", "layers", "coefficient", "mean", "positions")
+        title = f"plan for {self.model.name}; injected norm {self.injected_norm:.2f}"
+        return Section(title, header, rows)
+
+    def __repr__(self) -> str:
+        coeffs = ", ".join(f"{name} {coeff:.3g}" for name, coeff in self.coeffs.items())
+        return f"Plan({self.model.name}, {coeffs}, injected norm {self.injected_norm:.3g})"
 
     def __mul__(self, factor: float | int) -> Plan:
         return Plan(

@@ -19,6 +19,7 @@ from typing import Any
 
 from fusion_lens.errors import ConfigError, InputFileError, OutputError, QuestionError, one_of
 from fusion_lens.question_layouts import layout_of
+from fusion_lens.tables import Section, Shows
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
 _LIST_FIELDS = ("aliases", "paraphrases")
@@ -38,7 +39,7 @@ class Neighbour:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Question(Shows):
     """A question with its gold answer. `subject` is the cluster for statistics."""
 
     id: str
@@ -57,6 +58,21 @@ class Question:
         _require_text(
             f"question {self.id!r}", id=self.id, question=self.question, answer=self.answer
         )
+
+    def table(self) -> Section:
+        """Its texts; what is not there is left out."""
+        kinds = ("subject", "topic", "answer_type", "split")
+        told = {
+            "question": self.question,
+            "answer": self.answer,
+            "also right": "; ".join(self.aliases),
+            "explanation": self.explanation,
+            **{name.replace("_", " "): getattr(self, name) for name in kinds},
+            "paraphrases": "\n".join(self.paraphrases),
+            "neighbours": "\n".join(f"{n.question} {n.answer}" for n in self.neighbours),
+        }
+        rows = tuple((name, text) for name, text in told.items() if text)
+        return Section(f"question {self.id}", ("", "text"), rows)
 
 
 def _require_text(what: str, **fields: str) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from fusion_lens.statistics import Comparison
+from fusion_lens.tables import Section
 
 _SCORES = {
     "exact_match": ("right", "{:.1%}"),
@@ -43,40 +40,6 @@ _FURTHER = {
     "kl_unrelated": ("KL, nats/token", "{:+.3f}"),
 }
 _GROUP_NAMES = {"topic": "topic", "answer_type": "answer type"}
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A table as text: its title, header and cells."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def to_table(self) -> Table:
-        """For the terminal."""
-        table = Table(
-            title=self.title,
-            title_justify="left",
-            title_style="",
-            box=SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        for n, name in enumerate(self.header):
-            # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
-            right = n > 0 and name != "label"
-            table.add_column(name, justify="right" if right else "left", overflow="fold")
-        for row in self.rows:
-            # a label may hold what rich would take for markup
-            table.add_row(*map(escape, row))
-        return table
-
-    def to_markdown(self) -> str:
-        """The table alone."""
-        rule = ["---", *["---:"] * (len(self.header) - 1)]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows))
 
 
 def sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from fusion_lens.details import DETAILS, Detail, load_details
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
 from fusion_lens.models import ModelIdentity
+from fusion_lens.report import sections
 from fusion_lens.scores import ACCURATE
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Group
 
 SCHEMA_VERSION = 5
 # malformed, a number of thousands of digits, brackets nested too deeply
@@ -139,7 +141,16 @@ class Provenance:
 
 
 class Summary(dict[str, Any]):
-    """What `summary.json` holds: the dictionary as it is, which can be made a table."""
+    """What `summary.json` holds: the dictionary as it is, which can be made a table, and which
+    shows its tables in Jupyter."""
+
+    def _repr_html_(self) -> str:
+        return "".join(section.to_html() for section in sections(self))
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+
+        return Group(*(section.to_table() for section in sections(self, between="\n")))
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per arm and metric over all questions (`by` "all"), and per topic and answer type:
@@ -168,6 +179,12 @@ class Results:
     records: tuple[Result, ...]
     summary: Summary
     details: tuple[Detail, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return self.summary._repr_html_()
+
+    def __rich__(self) -> Group:
+        return self.summary.__rich__()
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per question and arm, a column `coeff.<segment>` per coefficient.

@@ -22,9 +22,12 @@ import optuna
 
 from fusion_lens.errors import ConfigError, SearchError, one_of
 from fusion_lens.scores import clipped
+from fusion_lens.tables import Section, Shows
 
 PARAMETRISATIONS = ("coeff", "alpha_gamma")
 OBJECTIVES = ("weighted", "pareto")
+
+_SHOWN = 8
 Coeffs = dict[str, float]
 
 
@@ -92,7 +95,7 @@ class Trial(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned(Generic[T]):
+class Tuned(Shows, Generic[T]):
     """A search that ended, or was interrupted: its trials, the best of them, and the Pareto front.
 
     `study` lacks the zero plan where that lies outside the sampled range: a trial without
@@ -115,6 +118,32 @@ class Tuned(Generic[T]):
     def zero_won(self) -> bool | None:
         """Whether nothing beat the unsteered model; None where it was no trial."""
         return None if self.unsteered is None else self.best is self.unsteered
+
+    def table(self) -> Section:
+        """The best trials, the chosen one first."""
+        ranked = sorted(self.trials, key=lambda t: (t is not self.best, -t.outcome.objective))
+        rows = tuple(
+            (
+                str(trial.number),
+                *(f"{coeff:.3f}" for coeff in trial.coeffs.values()),
+                f"{trial.outcome.objective:+.3f}",
+                *(_score(value) for value in (trial.outcome.overlap, trial.outcome.perplexity)),
+                f"{trial.injected_norm:.2f}",
+            )
+            for trial in ranked[:_SHOWN]
+        )
+        scores = ("objective", "overlap", "perplexity", "injected norm")
+        notes = ["interrupted"] if self.interrupted else []
+        notes += ["nothing beat the zero plan"] if self.zero_won else []
+        notes += (
+            ["trials of other coefficients reached the best objective too"] if self.tied else []
+        )
+        return Section(
+            f"the best of {len(self.trials)} trials, the chosen one first",
+            ("trial", *self.best.coeffs, *scores),
+            rows,
+            tuple(notes),
+        )
 
     @property
     def tied(self) -> bool:
@@ -307,6 +336,10 @@ def check_storage(storage: str, names: Sequence[str]) -> None:
                 f"the study {name!r} must be new to the storage, but it is there; "
                 "take another storage or delete it."
             )
+
+
+def _score(value: float | None) -> str:
+    return "unscored" if value is None else f"{value:.2f}"
 
 
 def _values(outcome: Outcome, study: optuna.Study) -> list[float]:

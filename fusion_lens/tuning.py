@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fusion_lens.deltas import Deltas
+from fusion_lens.differences import marked_words
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import (
     one_of,
@@ -40,6 +41,14 @@ from fusion_lens.preparation import (
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
 from fusion_lens.search import Search, Tuned, export_study
+from fusion_lens.tables import Cell, Section, Shows
+
+_SCORES = {
+    "exact_match": "{:.0f}",
+    "overlap": "{:.2f}",
+    "perplexity": "{:.2f}",
+    "objective": "{:+.3f}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class TunedPlan:
+class TunedPlan(Shows):
     """A finished search with the plan it chose. `seconds` is its share of the wall time, by
     rows."""
 
@@ -84,6 +93,26 @@ class TunedPlan:
         """What the zero plan wrote, scored; None where it was no trial."""
         first = self.tuned.unsteered
         return None if first is None else first.outcome
+
+    def table(self) -> Section:
+        """The steered completion beside the unsteered one, their scores, and what was chosen."""
+        old, new = self.unsteered, self.best
+        text: Cell = new.completion.text.strip()
+        before = "" if old is None else old.completion.text.strip()
+        if old is not None:
+            text = marked_words(before, new.completion.text.strip())
+        rows: list[tuple[Cell, ...]] = [("text", before, text)]
+        for name, form in _SCORES.items():
+            shown = ("" if each is None else _score(each, name, form) for each in (old, new))
+            rows.append((name.replace("_", " "), *shown))
+        question = self.job.prepared.question
+        best, n = self.tuned.best, len(self.tuned.trials)
+        coeffs = ", ".join(f"{name} {c:.3f}" for name, c in best.coeffs.items())
+        notes = [f"gold: {question.answer}", f"trial {best.number} of {n}; coefficients: {coeffs}"]
+        if self.tuned.zero_won:
+            notes.append("no trial beat the zero plan: this plan does not steer")
+        header = ("", "unsteered", "steered")
+        return Section(question.question, header, tuple(rows), tuple(notes))
 
 
 def tune_jobs(
@@ -206,6 +235,11 @@ def make_segments(segments: str | int | Sequence[Segment], n_layers: int) -> tup
         named = {"full": full, "thirds": thirds, "layers": per_layer}
         return named[one_of("segments", segments, tuple(named))](n_layers)
     return tuple(segments)
+
+
+def _score(graded: Graded, name: str, form: str) -> str:
+    value = getattr(graded, name)
+    return "unscored" if value is None else form.format(value)
 
 
 def _show(progress: Progress, before: int, total: int, done: int) -> None:

@@ -247,4 +247,4 @@ def test_an_attribution_shows_itself_small_and_escaped(
     assert shown.count("<tr>") == 11
     assert "<b>" not in shown
     assert f"relative error {found.relative_error:.2f}" in shown
-    assert "layers without a dictionary: (2,)" in shown
+    assert "not covered: layers 2" in shown

@@ -312,3 +312,19 @@ def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
 def test_an_executor_nobody_knows_is_refused() -> None:
     with pytest.raises(ConfigError, match="executor must be one of auto, lean, hooks, but got 'x'"):
         GenerationConfig(executor="x")
+
+
+def test_a_completion_is_shown_beside_the_unsteered_one_with_what_differs_marked() -> None:
+    old = Completion("Tom Harris wrote it.", (1, 2, 3), True, margin=0.5)
+    new = Completion("Tom <b>Lovelace wrote it.", (1, 2), False, finite=False)
+    assert new.beside(old).rows == (
+        (
+            "text",
+            "Tom Harris wrote it.",
+            [("Tom ", False), ("<b>Lovelace", True), (" wrote it.", False)],
+        ),
+        ("tokens", "3, ended", "2, cut off"),
+        ("smallest margin", "0.5", "-"),
+        ("logits", "finite", "not finite: the text means nothing"),
+    )
+    assert "Tom &lt;b&gt;Lovelace" in new._repr_html_()

@@ -54,3 +54,16 @@ def test_deltas_that_are_not_finite_are_refused(tiny) -> None:
         Deltas(reference=d.reference * float("inf"), base=d.base, layout=d.layout, model=d.model)
     with pytest.raises(ActivationError, match="base must be on the CPU in float32 or float64, but"):
         Deltas(reference=d.reference, base=d.base.half(), layout=d.layout, model=d.model)
+
+
+def test_deltas_show_norms_per_layer_beside_what_they_start_from(tiny) -> None:
+    deltas = deltas_of(tiny)
+    norm, base = float(deltas.norms[2]), float(deltas.base[2].norm())
+    assert float(deltas.relative_norms[2]) == pytest.approx(norm / base)
+    table = deltas.table()
+    assert table.rows[2][:4] == ("2", f"{norm:.2f}", f"{base:.2f}", f"{norm / base:.2f}")
+    below, own = deltas.vectors[1], deltas.vectors[2]
+    cosine = float(below @ own / (below.norm() * own.norm()))
+    assert [row[4] for row in table.rows][:3:2] == ["-", f"{cosine:+.2f}"]
+    assert repr(deltas).startswith("Deltas(")
+    assert "tensor" not in repr(deltas)

@@ -12,8 +12,6 @@ from fusion_lens.feature_report import (
     coding_table,
     compare_features,
     difference_table,
-    feature_table,
-    left_out_lines,
 )
 from fusion_lens.models import HookedModel
 from fusion_lens.teacher_forcing import Text
@@ -32,7 +30,7 @@ def two(tiny: HookedModel) -> list[Attribution]:
 def test_the_table_holds_layer_feature_effect_share_and_label(two: list[Attribution]) -> None:
     first = two[0].top(1)[0]
     labels = {first.dictionary: {first.feature: "a river"}}
-    table = feature_table(two[0], 2, labels)
+    table = two[0].table(2, labels)
     assert table.header == ("layer", "feature", "effect", "share", "label")
     assert first.share is not None
     assert table.rows[0] == (
@@ -49,19 +47,19 @@ def test_a_dictionary_of_several_layers_stands_for_all_of_them() -> None:
     x = torch.randn(2, 2, 32)
     effects = effects_between(linear((0, 3), 32, 4), x, x + 1.0)
     found = Attribution((effects,), ("a", "b"), (True, True), ())
-    assert feature_table(found, 1).rows[0][0] == "all"
+    assert found.table(1).rows[0][0] == "all"
 
 
 def test_a_change_of_nothing_has_no_share_in_the_table() -> None:
     x = torch.randn(2, 1, 32)
     found = Attribution((effects_between(DICTIONARIES[0], x, x),), ("a", "b"), (True, True), ())
-    assert feature_table(found, 1).rows[0][3] == "-"
+    assert found.table(1).rows[0][3] == "-"
 
 
 def test_lines_tell_what_each_dictionary_and_all_together_leave_out(
     two: list[Attribution],
 ) -> None:
-    lines = left_out_lines(two[0])
+    lines = two[0].left_out()
     assert len(lines) == 5
     error = two[0].effects[0].relative_error
     assert lines[0].startswith("sae 0: 20 features active; of a change of norm ")
@@ -71,7 +69,7 @@ def test_lines_tell_what_each_dictionary_and_all_together_leave_out(
     effects = two[0].effects[0]
     card = replace(effects.card, neuronpedia_id="tiny/1-res", notes=("a note",))
     named = replace(two[0], effects=(replace(effects, card=card),))
-    assert left_out_lines(named)[0].endswith(
+    assert named.left_out()[0].endswith(
         "; a note; its features' pages: https://www.neuronpedia.org/tiny/1-res/N"
     )
 

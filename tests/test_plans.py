@@ -127,3 +127,13 @@ def test_a_plan_holds_steps_of_one_model(tiny, other_folder) -> None:
         make_plan(deltas_of(tiny), 1.0) + make_plan(deltas_of(other), 1.0)
     with pytest.raises(PlanError, match="must hold at least one step"):
         Plan(())
+
+
+def test_a_plan_shows_where_it_injects_and_how_strongly(tiny) -> None:
+    plan = make_plan(deltas_of(tiny), (0.5, 0.25, -1.0), positions="completion")
+    table = plan.table()
+    assert table.title.endswith(f"injected norm {plan.injected_norm:.2f}")
+    assert table.rows[2] == ("1", "late", "3 to 3", "-1.000", "question", "completion")
+    assert repr(plan).endswith(
+        f"early 0.5, middle 0.25, late -1, injected norm {plan.injected_norm:.3g})"
+    )

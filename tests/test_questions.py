@@ -409,3 +409,18 @@ def test_a_sample_larger_than_the_file_or_empty_is_refused(n: int) -> None:
 def test_strata_by_another_field_are_refused() -> None:
     with pytest.raises(ConfigError, match="by must be one of id, subject, topic, answer_type"):
         stratified(typed(a=3), 1, 0, by=("aliases",))
+
+
+def test_a_question_shows_its_texts_and_leaves_out_what_is_not_there() -> None:
+    asked = Question(
+        "q<1>", "Who wrote it?", "Ada <b>", aliases=("A", "B"), neighbours=(Neighbour("N?", "M"),)
+    )
+    table = asked.table()
+    assert table.title == "question q<1>"
+    assert table.rows == (
+        ("question", "Who wrote it?"),
+        ("answer", "Ada <b>"),
+        ("also right", "A; B"),
+        ("neighbours", "N? M"),
+    )
+    assert "Ada &lt;b&gt;" in asked._repr_html_()

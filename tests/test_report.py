@@ -8,7 +8,6 @@ from records import arm, interval, make_results, summary
 from rich.console import Console
 
 from fusion_lens.report import (
-    Section,
     caption,
     engine_line,
     failure_lines,
@@ -19,6 +18,7 @@ from fusion_lens.report import (
     tuned_lines,
 )
 from fusion_lens.statistics import Comparison
+from fusion_lens.tables import Section
 
 
 def printed(content: dict) -> list[str]:

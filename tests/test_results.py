@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import LOVELACE, interval, make_results, tuned
+from rich.console import Console
 
 from fusion_lens.details import append_details
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
@@ -296,3 +298,16 @@ def test_provenance_names_model_seed_and_the_versions_that_ran() -> None:
     for name in ("torch", "transformer-lens", "optuna"):
         assert made.versions[name] == version(name)
     assert json.loads(json.dumps(made.versions)) == made.versions
+
+
+def test_a_run_shows_its_tables_escaped() -> None:
+    results = make_results()
+    results.summary["provenance"]["model"] = "<b>tiny</b>"
+    shown = results._repr_html_()
+    assert shown == results.summary._repr_html_()
+    assert shown.count("<table>") == 3
+    assert "&lt;b&gt;tiny&lt;/b&gt;" in shown
+    assert "25.0% [0.0%, 50.0%]" in shown
+    console = Console(width=100, file=io.StringIO())
+    console.print(results)
+    assert "segmented" in console.file.getvalue()

@@ -430,8 +430,21 @@ root.__path__ = list(importlib.util.find_spec("fusion_lens").submodule_search_lo
 sys.modules["fusion_lens"] = root
 import fusion_lens.search
 loaded = {name for name in sys.modules if name.startswith("fusion_lens.")}
-known = {"fusion_lens." + name for name in ("search", "scores", "values", "errors")}
+own = ("search", "scores", "values", "errors", "tables", "differences")
+known = {"fusion_lens." + name for name in own}
 assert loaded == known, loaded
 assert not {"transformer_lens", "transformers", "torch"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_search_shows_its_best_trials_the_chosen_one_first() -> None:
+    made = tuned(trials=12)
+    table = made.table()
+    assert table.header[0] == "trial"
+    assert table.header[-4:] == ("objective", "overlap", "perplexity", "injected norm")
+    assert len(table.rows) == 8
+    assert table.rows[0][0] == str(made.best.number)
+    objectives = [float(row[-4]) for row in table.rows]
+    assert objectives == sorted(objectives, reverse=True)
+    assert "the best of 12 trials" in made._repr_html_()

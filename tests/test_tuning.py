@@ -126,3 +126,14 @@ def test_an_empty_question_or_answer_is_refused(tiny) -> None:
         tune(tiny, "Who?", " ", config=QUICK)
     with pytest.raises(QuestionError, match="must have a non-empty question"):
         tune(tiny, "", "Ada", config=QUICK)
+
+
+def test_a_tuned_plan_shows_the_steered_text_beside_the_unsteered_one(tiny) -> None:
+    tuned = tune(tiny, ASKED, config=QUICK)
+    table = tuned.table()
+    assert table.title == ASKED.question
+    assert table.rows[0][1] == tuned.unsteered.completion.text.strip()
+    assert "".join(piece for piece, _ in table.rows[0][2]) == tuned.best.completion.text.strip()
+    objective = {row[0]: row[1:] for row in table.rows}["objective"]
+    assert objective == (f"{tuned.unsteered.objective:+.3f}", f"{tuned.best.objective:+.3f}")
+    assert table.notes[0] == f"gold: {ASKED.answer}"

@@ -1,0 +1,121 @@
+"""A table of texts, for the terminal, as Markdown and as HTML; what values show of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from fusion_lens.differences import marked_html
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+Cell = str | Sequence[tuple[str, bool]]
+"""A text, or its pieces, those with True marked."""
+
+_LEFT = ("label", "text", "unsteered", "steered", "")
+_CELL = 'style="text-align: {}; white-space: pre-wrap; max-width: 40em"'
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table of texts: its title, header and cells, and what is said below it. Columns after the
+    first are aligned on the right, but for labels and texts."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def to_table(self) -> Table:
+        """For the terminal."""
+        from rich.box import SIMPLE_HEAD
+        from rich.markup import escape as escaped
+        from rich.table import Table
+
+        table = Table(
+            title=escaped(self.title),
+            title_justify="left",
+            title_style="",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            show_header=any(self.header),
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            caption=escaped("\n".join(self.notes)) or None,
+            caption_justify="left",
+            caption_style="",
+        )
+        for n, name in enumerate(self.header):
+            # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
+            table.add_column(name, justify=self._side(n), overflow="fold")  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(*map(_rich, row))
+        return table
+
+    def to_markdown(self) -> str:
+        """The table alone."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        rows = [list(self.header), rule, *([_plain(cell) for cell in row] for row in self.rows)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def to_html(self) -> str:
+        """A `<table>`, every text escaped, and a paragraph for every note."""
+        head = "".join(
+            f"<th {_CELL.format(self._side(n))}>{escape(name)}</th>"
+            for n, name in enumerate(self.header)
+        )
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f"<td {_CELL.format(self._side(n))}>{_html(cell)}</td>"
+                for n, cell in enumerate(row)
+            )
+            + "</tr>"
+            for row in self.rows
+        )
+        head = f"<thead><tr>{head}</tr></thead>" if any(self.header) else ""
+        return (
+            f'<table><caption style="text-align: left">{escape(self.title)}</caption>'
+            f"{head}<tbody>{body}</tbody></table>"
+            + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        )
+
+    def _side(self, column: int) -> str:
+        return "right" if column > 0 and self.header[column] not in _LEFT else "left"
+
+
+class Shows:
+    """What has a table of itself: Jupyter shows it as HTML, rich in a terminal."""
+
+    __slots__ = ()
+
+    def table(self) -> Section:
+        """The value as a small table."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+    def __rich__(self) -> Table:
+        return self.table().to_table()
+
+
+def _plain(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else "".join(text for text, _ in cell)
+
+
+def _html(cell: Cell) -> str:
+    return escape(cell) if isinstance(cell, str) else marked_html(cell)
+
+
+def _rich(cell: Cell) -> Text:
+    """Not markup: a label may hold what rich would take for it."""
+    from rich.text import Text
+
+    if isinstance(cell, str):
+        return Text(cell)
+    return Text.assemble(*((text, "bold underline" if marked else "") for text, marked in cell))

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from fusion_lens.tables import Section, Shows
+
+HOSTILE = "<script>alert(1)</script> & [red]x[/red] \"'"
+
+
+class Shown(Shows):
+    def table(self) -> Section:
+        return Section(
+            f"title {HOSTILE}",
+            ("name", "n", "text"),
+            (("a", "12.5", HOSTILE), ("b", "-", (("same ", False), ("<b>new</b>", True)))),
+            (f"note {HOSTILE}",),
+        )
+
+
+def test_html_holds_every_text_escaped_and_marks_what_differs() -> None:
+    html = Shown()._repr_html_()
+    assert "<script>" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; [red]x[/red]") == 3
+    assert "same <mark>&lt;b&gt;new&lt;/b&gt;</mark></td>" in html
+    assert html.startswith("<table><caption")
+    assert html.endswith("</p>")
+
+
+def test_numbers_stand_on_the_right_and_texts_on_the_left() -> None:
+    html = Shown().table().to_html()
+    sides = [part.split(";")[0] for part in html.split('style="text-align: ')[2:]]
+    assert sides == ["left", "right", "left"] * 3
+
+
+def test_a_table_without_names_has_no_head() -> None:
+    assert "<thead>" not in Section("t", ("", ""), (("a", "b"),)).to_html()
+
+
+def test_a_terminal_shows_the_same_and_reads_no_markup() -> None:
+    console = Console(width=120, file=io.StringIO())
+    console.print(Shown())
+    text = console.file.getvalue()
+    assert text.count("[red]x[/red]") == 3
+    assert "same <b>new</b>" in text
+
+
+def test_markdown_holds_the_text_of_marked_cells() -> None:
+    assert Shown().table().to_markdown().splitlines()[3] == "| b | - | same <b>new</b> |"
