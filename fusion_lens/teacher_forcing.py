@@ -83,28 +83,17 @@ def record_streams(
     """
     n_layers = int(model.cfg.n_layers)
 
-    def read(run: Executor, batch: _Batch) -> list[Streams]:
-        entering: dict[int, Tensor] = {}
-        leaving: dict[int, Tensor] = {}
+    def read(run: Executor, batch: Batch) -> list[Streams]:
+        passed = residuals(run, batch, n_layers)
+        entering, leaving = ([at_least_float32(own).cpu() for own in side] for side in passed)
 
-        def at(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-            steer = batch.steering.get(layer)
-            changed = None if steer is None else steer(resid)
-            entering[layer] = at_least_float32(resid).cpu()
-            leaving[layer] = entering[layer] if changed is None else at_least_float32(changed).cpu()
-            return changed
-
-        with run.at_blocks({layer: partial(at, layer) for layer in range(n_layers)}):
-            run.forward(batch.tokens, batch.mask, last=1)
-
-        def of_row(seen: dict[int, Tensor], row: int) -> Float[Tensor, "layer pos d_model"]:
-            own = batch.places[row]
-            return torch.stack([seen[layer][row, own] for layer in range(n_layers)])
+        def of_row(seen: list[Tensor], row: int) -> Float[Tensor, "layer pos d_model"]:
+            return torch.stack([own[row, batch.places[row]] for own in seen])
 
         rows = range(len(batch.places))
         return [Streams(of_row(entering, row), of_row(leaving, row)) for row in rows]
 
-    return _in_batches(model, texts, read, _ROWS_OF_STREAMS, executor, log)
+    return in_batches(model, texts, read, _ROWS_OF_STREAMS, executor, log)
 
 
 def log_probs(
@@ -138,7 +127,7 @@ def token_log_probs(
                 f"there must be tokens after the prompt, but {text.prompt.text!r} has none."
             )
 
-    def read(run: Executor, batch: _Batch) -> list[tuple[float, ...]]:
+    def read(run: Executor, batch: Batch) -> list[tuple[float, ...]]:
         with run.at_blocks(batch.steering):
             logits = run.forward(batch.tokens, batch.mask, last=batch.n_written + 1)[:, :-1]
         losses = torch.nn.functional.cross_entropy(
@@ -152,11 +141,11 @@ def token_log_probs(
             for row, length in zip(losses.tolist(), lengths, strict=True)
         ]
 
-    return _in_batches(model, texts, read, _ROWS, executor, log)
+    return in_batches(model, texts, read, _ROWS, executor, log)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
+class Batch:
     """Rows of one shape: `n_written` columns after the prompts, `places` where each row's own
     tokens are."""
 
@@ -167,7 +156,7 @@ class _Batch:
     steering: dict[int, AtBlock]
 
     @staticmethod
-    def of(rows: Sequence[Text], width: int, n_written: int, device: torch.device) -> _Batch:
+    def of(rows: Sequence[Text], width: int, n_written: int, device: torch.device) -> Batch:
         """Prompts padded on the left to `width`, what follows on the right."""
         prompts, mask = left_padded([row.prompt.tokens for row in rows], 0, device, width=width)
         written = torch.zeros((len(rows), n_written), dtype=torch.long)
@@ -177,7 +166,7 @@ class _Batch:
         present = (torch.arange(n_written) < lengths[:, None]).long()
         places = (slice(width - len(row.prompt.tokens), width + len(row.written)) for row in rows)
         plans, layouts = [row.plan for row in rows], [row.prompt.layout for row in rows]
-        return _Batch(
+        return Batch(
             tokens=torch.cat([prompts, written.to(device)], dim=1),
             mask=torch.cat([mask, present.to(device)], dim=1),
             n_written=n_written,
@@ -186,14 +175,38 @@ class _Batch:
         )
 
 
-def _in_batches(
+def residuals(
+    run: Executor, batch: Batch, n_layers: int
+) -> tuple[list[Float[Tensor, "batch pos d_model"]], list[Float[Tensor, "batch pos d_model"]]]:
+    """One pass: the residual after every block as the steering is given it, and as it leaves it."""
+    entering: dict[int, Tensor] = {}
+    leaving: dict[int, Tensor] = {}
+
+    def at(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
+        steer = batch.steering.get(layer)
+        changed = None if steer is None else steer(resid)
+        entering[layer] = resid
+        leaving[layer] = resid if changed is None else changed
+        return changed
+
+    with run.at_blocks({layer: partial(at, layer) for layer in range(n_layers)}):
+        run.forward(batch.tokens, batch.mask, last=1)
+    return [entering[layer] for layer in range(n_layers)], [leaving[n] for n in range(n_layers)]
+
+
+def in_batches(
     model: HookedModel,
     texts: Sequence[Text],
-    read: Callable[[Executor, _Batch], list[T]],
+    read: Callable[[Executor, Batch], list[T]],
     n_rows: int,
     executor: str,
     log: EngineLog | None,
 ) -> list[T]:
+    """What `read` makes of every text, in batches of `n_rows` rows of one shape.
+
+    Raises:
+        PlanError: if a plan belongs to another model, or recomputes its mean.
+    """
     log = log or EngineLog()
     identity = identify(model)
     for text in texts:
@@ -219,7 +232,7 @@ def _in_batches(
         for places in same_shape(shapes, lambda _: most):
             some = [left[n] for n in places]
             idle = [some[0]] * (most - len(some))
-            batch = _Batch.of([texts[i] for i in some + idle], *shapes[places[0]], run.device)
+            batch = Batch.of([texts[i] for i in some + idle], *shapes[places[0]], run.device)
             done.update(zip(some, read(run, batch), strict=False))
 
     with evaluating(model):

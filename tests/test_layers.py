@@ -36,7 +36,7 @@ LAYERS = (
     {"results"},
     {"scoring"},
     {"tuning", "teacher_forcing"},
-    {"lenders", "summary", "attribution"},
+    {"lenders", "summary", "attribution", "logit_lens"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {"experiment", "plots", "feature_plots"},
