@@ -38,9 +38,9 @@ from fusion_lens.interventions import (
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan
 from fusion_lens.preparation import TuningConfig, seed_of
-from fusion_lens.prompts import Prompt, question_prompt, tokenize
+from fusion_lens.prompts import Prompt, continuation, question_prompt
 from fusion_lens.statistics import Interval, cluster_bootstrap, rank_correlation, ratio_of_sums
-from fusion_lens.teacher_forcing import Text, log_probs
+from fusion_lens.teacher_forcing import Text, gold_text, log_probs
 from fusion_lens.tuning import TunedPlan
 
 KS = (1, 2, 5, 10, 20, 50)
@@ -73,15 +73,13 @@ class Case:
             text = question.paraphrases[0]
             prompts["paraphrase"] = question_prompt(model, text, config.template)
         tail = item.reference.text[len(item.prompt.text) :]
-        answer = tail[: tail.index(question.answer) + len(question.answer)]
-        bos = config.template.prepend_bos
         return Case(
             question.id,
             question.subject or question.id,
             tuned.plan,
             prompts,
-            _continued(model, item.prompt, answer, bos),
-            _continued(model, item.prompt, tail, bos),
+            gold_text(model, item).written,
+            continuation(model, item.prompt, tail),
             tuned.best.completion.tokens,
         )
 
@@ -311,15 +309,3 @@ def _gains(
 
 def _mean(values: dict[tuple[str, str], float]) -> Interval:
     return cluster_bootstrap(list(values.values()), [subject for _, subject in values])
-
-
-def _continued(
-    model: HookedModel, prompt: Prompt, text: str, prepend_bos: bool | None
-) -> tuple[int, ...]:
-    """The tokens of `text` behind the prompt, as one text gives them where that begins with the
-    prompt's own tokens."""
-    head = len(prompt.tokens)
-    whole = tokenize(model, prompt.text + text, prepend_bos=prepend_bos).tokens
-    if whole[:head] == prompt.tokens:
-        return whole[head:]
-    return tokenize(model, text, prepend_bos=False).tokens

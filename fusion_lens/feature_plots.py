@@ -6,22 +6,19 @@ Blue is more of a feature, vermilion less, grey what is in no feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import plotly.graph_objects as go
 
 from fusion_lens.attribution import Attribution, FeatureEffect, shown_share
 from fusion_lens.faithfulness import Faithfulness
-from fusion_lens.pictures import Figure, styled
-from fusion_lens.statistics import Interval
+from fusion_lens.pictures import LESS, MORE, REST, Figure, centred, error_bars, plain, styled
 
 Labels = Mapping[str, Mapping[int, str]]
 """Label by dictionary's name and feature."""
 
-_MORE, _LESS, _REST = "#0072b2", "#d55e00", "#8c8c8c"
-_DIVERGING = [[0.0, _LESS], [0.5, "#ffffff"], [1.0, _MORE]]
 _LONGEST = 44
 
 
@@ -37,17 +34,18 @@ def plot_top_features(found: Attribution, k: int = 15, labels: Labels | None = N
         x=[*sizes, error],
         y=[*names, "norm of the error, in no feature"],
         orientation="h",
-        marker_color=[*(_MORE if size > 0 else _LESS for size in sizes), _REST],
+        marker_color=[*(MORE if size > 0 else LESS for size in sizes), REST],
         customdata=[*(each.share for each in top), None],
         hovertemplate="%{y}<br>effect %{x:.3f}<br>share %{customdata:.1%}<extra></extra>",
     )
     kind = found.effects[0].kind
-    _titled(figure, f"Features of the {kind} change, effect in residual units", found)
+    height = 160 + 26 * (len(top) + 1)
+    _titled(figure, f"Features of the {kind} change, effect in residual units", found, height)
     figure.update_xaxes(title="signed effect, |w d|")
     figure.update_yaxes(autorange="reversed", automargin=True)
     columns = ("dictionary", "layer", "feature", "label", "effect", "share")
     rows = tuple(tuple(getattr(each, name) for name in columns) for each in top)
-    return Figure("top_features", figure, columns, rows, height=160 + 26 * (len(top) + 1))
+    return Figure("top_features", figure, columns, rows)
 
 
 def plot_layer_features(found: Attribution, k: int = 12, labels: Labels | None = None) -> Figure:
@@ -72,23 +70,17 @@ def plot_layer_features(found: Attribution, k: int = 12, labels: Labels | None =
         z=values,
         customdata=names,
         hovertemplate="%{y}<br>%{customdata}<br>effect %{z:.3f}<extra></extra>",
-        **_centred(values),
+        **centred(values, "effect"),
     )
     if columns and columns[0].startswith("rank"):
         figure.update_traces(
             text=[[name.split(" ")[1] if name else "" for name in row] for row in names],
             texttemplate="%{text}",
         )
-    _titled(figure, "Features by layer", found)
+    _titled(figure, "Features by layer", found, 300 + 40 * len(layers))
     figure.update_xaxes(automargin=True, type="category")
     rows = tuple((layer, name, effect) for layer, _, effect, name in cells)
-    return Figure(
-        "layer_features",
-        figure,
-        ("layer", "feature", "effect"),
-        rows,
-        height=300 + 40 * len(layers),
-    )
+    return Figure("layer_features", figure, ("layer", "feature", "effect"), rows)
 
 
 def plot_token_features(found: Attribution, k: int = 12, labels: Labels | None = None) -> Figure:
@@ -113,9 +105,9 @@ def plot_token_features(found: Attribution, k: int = 12, labels: Labels | None =
         z=values,
         text=[tokens] * len(top),
         hovertemplate="%{y}<br>token %{text}<br>effect %{z:.3f}<extra></extra>",
-        **_centred(values),
+        **centred(values, "effect"),
     )
-    _titled(figure, "Features by token", found)
+    _titled(figure, "Features by token", found, 240 + 26 * len(top))
     figure.update_xaxes(tickvals=list(range(len(tokens))), ticktext=tokens, tickangle=-60)
     figure.update_xaxes(tickfont_size=11)
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -125,7 +117,7 @@ def plot_token_features(found: Attribution, k: int = 12, labels: Labels | None =
         for t, value in enumerate(own)
     )
     columns = ("dictionary", "feature", "position", "token", "effect")
-    return Figure("token_features", figure, columns, rows, height=240 + 26 * len(top))
+    return Figure("token_features", figure, columns, rows)
 
 
 def plot_faithfulness(measured: Faithfulness, place: str = "question") -> Figure:
@@ -134,7 +126,7 @@ def plot_faithfulness(measured: Faithfulness, place: str = "question") -> Figure
     ks = sorted({gain.k for gain in measured.gains} - {0})
     figure = go.Figure()
     rows: list[tuple[Any, ...]] = []
-    curves = (("top", "the k largest features", _MORE), ("random", "k random, same norm", _LESS))
+    curves = (("top", "the k largest features", MORE), ("random", "k random, same norm", LESS))
     for part, title, colour in curves:
         intervals = [measured.interval(part, k, place) for k in ks]
         figure.add_scatter(
@@ -143,11 +135,7 @@ def plot_faithfulness(measured: Faithfulness, place: str = "question") -> Figure
             mode="lines+markers",
             marker_color=colour,
             name=title,
-            error_y={
-                "type": "data",
-                "array": [_reach(interval, interval.high) for interval in intervals],
-                "arrayminus": [_reach(interval, interval.low) for interval in intervals],
-            },
+            error_y=error_bars([asdict(interval) for interval in intervals]),
         )
         rows += [
             (part, k, own.mean, own.low, own.high, own.n)
@@ -161,12 +149,16 @@ def plot_faithfulness(measured: Faithfulness, place: str = "question") -> Figure
             x=[ks[0], ks[-1]],
             y=[own.mean] * 2,
             mode="lines",
-            line={"color": _REST, "dash": dash},
+            line={"color": REST, "dash": dash},
             name={"full": "the whole plan", "error": "its error alone"}.get(part, part),
         )
         rows.append((part, 0, own.mean, own.low, own.high, own.n))
     n = measured.interval("full", place=place).n
-    styled(figure, f"Log-probability of the gold answer after the {place}, n = {n}")
+    styled(
+        figure,
+        f"Log-probability of the gold answer after the {place}",
+        told=f"n = {n} questions, 95 % cluster bootstrap",
+    )
     figure.update_xaxes(title="k, features per dictionary", type="log", tickvals=ks, ticktext=ks)
     figure.update_yaxes(title="nats above unsteered", rangemode="tozero")
     columns = ("part", "k", "mean", "low", "high", "n")
@@ -177,24 +169,23 @@ def feature_name(each: FeatureEffect) -> str:
     """As in figures, where plotly reads HTML: layer, number and label."""
     head = f"#{each.feature}" if each.layer is None else f"L{each.layer} #{each.feature}"
     label = each.label if len(each.label) <= _LONGEST else each.label[: _LONGEST - 1] + "…"
-    return f"{head} {escape(label, quote=False)}".rstrip()
+    return f"{head} {plain(label)}".rstrip()
 
 
 def visible(token: str) -> str:
     """A token as a tick label: white space is shown, and nothing is HTML."""
     shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
-    return escape(shown, quote=False)
+    return plain(shown)
 
 
-def _titled(figure: go.Figure, title: str, found: Attribution) -> None:
+def _titled(figure: go.Figure, title: str, found: Attribution, height: int) -> None:
     """With how much of the change is explained, and what is not covered, below the title."""
     text = f"relative error {shown_share(found.relative_error)}, "
     text += f"cosine {shown_share(found.cosine)}; "
     text += f"means over {sum(found.counted)} tokens"
     if found.not_covered:
         text += f"; layers without a dictionary: {', '.join(map(str, found.not_covered))}"
-    styled(figure, f"{title}<br><sub>{text}</sub>")
-    figure.update_layout(margin_t=100)
+    styled(figure, title, told=text, height=height)
 
 
 def _crosscoder_cells(
@@ -220,18 +211,3 @@ def _ranked_cells(
         for effects in found.effects
         for rank, each in enumerate(effects.top(k, (labels or {}).get(effects.card.name)), start=1)
     ]
-
-
-def _centred(values: Sequence[Sequence[float | None]]) -> dict[str, Any]:
-    """A colour scale whose white is 0."""
-    most = max((abs(value) for row in values for value in row if value is not None), default=1.0)
-    return {
-        "colorscale": _DIVERGING,
-        "zmin": -most,
-        "zmax": most,
-        "colorbar": {"title": "effect"},
-    }
-
-
-def _reach(interval: Interval, end: float | None) -> float:
-    return 0.0 if end is None or interval.mean is None else abs(end - interval.mean)

@@ -146,6 +146,17 @@ def tokenize(
     )
 
 
+def continuation(model: HookedModel, prompt: Prompt, text: str) -> tuple[int, ...]:
+    """The tokens of `text` behind the prompt, as one text gives them where that begins with the
+    prompt's own tokens."""
+    head = len(prompt.tokens)
+    bos = (model.tokenizer.bos_token_id,)
+    whole = tokenize(model, prompt.text + text, prepend_bos=prompt.tokens[:1] == bos).tokens
+    if whole[:head] == prompt.tokens:
+        return whole[head:]
+    return tokenize(model, text, prepend_bos=False).tokens
+
+
 def question_prompt(
     model: HookedModel, question: str, template: Template | None = None, *, prefix: str = ""
 ) -> Prompt:

@@ -59,7 +59,7 @@ class Section:
     def to_markdown(self) -> str:
         """The table alone."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        rows = [list(self.header), rule, *([_plain(cell) for cell in row] for row in self.rows)]
+        rows = [list(self.header), rule, *([_markdown(cell) for cell in row] for row in self.rows)]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def to_html(self) -> str:
@@ -104,8 +104,9 @@ class Shows:
         return self.table().to_table()
 
 
-def _plain(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else "".join(text for text, _ in cell)
+def _markdown(cell: Cell) -> str:
+    text = cell if isinstance(cell, str) else "".join(text for text, _ in cell)
+    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
 def _html(cell: Cell) -> str:

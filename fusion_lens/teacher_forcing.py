@@ -28,7 +28,8 @@ from fusion_lens.hooks import Cursor, batch_steering
 from fusion_lens.lean import AtBlock
 from fusion_lens.models import HookedModel, evaluating, identify
 from fusion_lens.plans import Plan
-from fusion_lens.prompts import Prompt
+from fusion_lens.preparation import Prepared
+from fusion_lens.prompts import Prompt, continuation
 
 T = TypeVar("T")
 
@@ -54,6 +55,14 @@ class Text:
         """The positions whose logits write what follows the prompt."""
         start = len(self.prompt.tokens) - 1
         return range(start, start + len(self.written))
+
+
+def gold_text(model: HookedModel, prepared: Prepared, plan: Plan | None = None) -> Text:
+    """The gold answer behind the question's prompt, as the reference text has it."""
+    answer = prepared.question.answer
+    tail = prepared.reference.text[len(prepared.prompt.text) :]
+    told = tail[: tail.index(answer) + len(answer)]
+    return Text(prepared.prompt, continuation(model, prepared.prompt, told), plan)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from fusion_lens.arms import Bench, Chosen
 from fusion_lens.attribution import FeatureEffect
 from fusion_lens.details import Detail, FeatureShare, Marked, Trace
-from fusion_lens.models import token_texts
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.models import HookedModel, token_texts
 from fusion_lens.plans import Plan
 from fusion_lens.preparation import Prepared
 from fusion_lens.teacher_forcing import Text, token_log_probs
@@ -20,6 +21,44 @@ Explain = Callable[[Sequence[Text]], Sequence[Sequence[FeatureEffect]]]
 
 _EXPLAINED = ("segmented", "full")
 _TEXTS_AT_ONCE = 8
+
+
+def captured_tokens(model: HookedModel, prepared: Prepared) -> Marked:
+    """The reference text, marked where its mean is taken."""
+    reference = prepared.reference
+    return Marked(token_texts(model, reference.tokens), reference.pooled)
+
+
+def steered_tokens(model: HookedModel, prepared: Prepared, plan: Plan | None) -> Marked:
+    """The steered prompt, marked where the plan injects."""
+    prompt = prepared.prompt
+    positions = () if plan is None else plan.steered_positions(prompt.layout)
+    return Marked(token_texts(model, prompt.tokens), positions)
+
+
+def traces_of(
+    model: HookedModel,
+    texts: Sequence[tuple[str, Text]],
+    *,
+    executor: str = "auto",
+    log: EngineLog | None = None,
+) -> list[Trace | None]:
+    """What was written, token by token, under each text's plan and without it; named as given
+    (an arm). None where a log-probability is not finite.
+
+    Raises:
+        PlanError: if a plan belongs to another model, or recomputes its mean.
+        SpanError: if a text has nothing written.
+    """
+    both = [*(text for _, text in texts), *(replace(text, plan=None) for _, text in texts)]
+    read = token_log_probs(model, both, executor=executor, log=log)
+    traces: list[Trace | None] = []
+    for (name, text), steered, unsteered in zip(texts, read, read[len(texts) :], strict=False):
+        finite = all(map(math.isfinite, (*steered, *unsteered)))
+        tokens = token_texts(model, text.tokens)[len(text.prompt.tokens) :]
+        trace = Trace(name, tokens, _rounded(steered), _rounded(unsteered))
+        traces.append(trace if finite else None)
+    return traces
 
 
 def details_of(
@@ -39,7 +78,13 @@ def details_of(
         and each.graded.completion.tokens
     ]
     traces: dict[str, list[Trace]] = {}
-    for (each, _), trace in zip(read, _traces(bench, read), strict=True):
+    found = traces_of(
+        bench.model,
+        [(each.arm, text) for each, text in read],
+        executor=bench.config.generation.executor,
+        log=bench.log,
+    )
+    for (each, _), trace in zip(read, found, strict=True):
         if trace is not None:
             traces.setdefault(each.prepared.question.id, []).append(trace)
     explained: dict[str, tuple[str, Text]] = {}
@@ -60,36 +105,14 @@ def details_of(
                 delta_norms=_rounded(item.deltas.norms.tolist()),
                 base_norms=_rounded(item.deltas.base.norm(dim=-1).tolist()),
                 generic_share=None if share is None else _rounded(share.tolist()),
-                captured=Marked(
-                    token_texts(bench.model, item.reference.tokens), item.reference.pooled
-                ),
-                steered=_steered(bench, item, planned.get(name)),
+                captured=captured_tokens(bench.model, item),
+                steered=steered_tokens(bench.model, item, planned.get(name)),
                 traces=tuple(traces.get(name, ())),
                 features=own_features,
                 features_of=explained[name][0] if own_features else None,
             )
         )
     return made
-
-
-def _steered(bench: Bench, item: Prepared, plan: Plan | None) -> Marked:
-    positions = () if plan is None else plan.steered_positions(item.prompt.layout)
-    return Marked(token_texts(bench.model, item.prompt.tokens), positions)
-
-
-def _traces(bench: Bench, pairs: Sequence[tuple[Chosen, Text]]) -> list[Trace | None]:
-    """None where a log-probability is not finite."""
-    texts = [text for _, text in pairs]
-    both = [*texts, *(replace(text, plan=None) for text in texts)]
-    executor = bench.config.generation.executor
-    read = token_log_probs(bench.model, both, executor=executor, log=bench.log)
-    traces: list[Trace | None] = []
-    for (each, text), steered, unsteered in zip(pairs, read, read[len(texts) :], strict=False):
-        finite = all(map(math.isfinite, (*steered, *unsteered)))
-        tokens = token_texts(bench.model, text.tokens)[len(text.prompt.tokens) :]
-        trace = Trace(each.arm, tokens, _rounded(steered), _rounded(unsteered))
-        traces.append(trace if finite else None)
-    return traces
 
 
 def _features(

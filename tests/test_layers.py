@@ -39,7 +39,8 @@ LAYERS = (
     {"lenders", "summary", "attribution", "logit_lens"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
-    {"experiment", "plots", "feature_plots"},
+    {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
+    {"plots"},
     {"protocols", "feature_report", "shelves"},
     {"cli_options"},
     {"cli"},
@@ -72,7 +73,9 @@ DOORS = {
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
     "pandas": {"results"},
-    "plotly": {"pictures", "plots", "feature_plots"},
+    "plotly": {
+        *{"pictures", "plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"}
+    },
     "rich": {"tables", "results", "cli"},
     "typer": {"cli", "cli_options"},
     "inspect_ai": {"llm_judge"},
