@@ -28,7 +28,8 @@ from fusion_lens.controls import (
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.models import HookedModel
-from fusion_lens.preparation import Failure, Prepared, Progress, TuningConfig, prepare, seed_of
+from fusion_lens.preparation import Failure, Prepared, TuningConfig, prepare, seed_of
+from fusion_lens.progress import Progress
 from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
 

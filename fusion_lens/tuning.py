@@ -31,12 +31,12 @@ from fusion_lens.plans import (
 )
 from fusion_lens.preparation import (
     Prepared,
-    Progress,
     TuningConfig,
     prepare_one,
     seed_of,
     with_engine_shape,
 )
+from fusion_lens.progress import Progress, shown
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
 from fusion_lens.search import Search, Tuned, export_study
@@ -114,8 +114,8 @@ def tune_jobs(
                 for job, coeffs_list in zip(jobs, asked, strict=True)
                 for coeffs in coeffs_list
             ]
-            shown = None if progress is None else partial(_show, progress, told, total)
-            completions = generate(model, rows, config.generation, progress=shown, log=log)
+            show = None if progress is None else partial(_show, progress, told, total)
+            completions = generate(model, rows, config.generation, progress=show, log=log)
             owners = [job.prepared for job, batch in zip(jobs, asked, strict=True) for _ in batch]
             outcomes = iter(score(owners, completions))
             share = (time.perf_counter() - began) / max(len(rows), 1)
@@ -140,12 +140,14 @@ def tune(
     segments: str | int | Sequence[Segment] = "thirds",
     config: TuningConfig | None = None,
     fluency: PerplexityModel | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> TunedPlan:
     """Tune one question's plan: coefficients per segment that make the model say the answer,
     fluently, by `fluency` or the unsteered model itself.
 
-    An interrupt gives the trials so far (`.tuned.interrupted`) and leaves the model without hooks.
+    `progress`: True draws a bar in a notebook or a terminal, False none; a function is called as
+    (stage, done, total). An interrupt gives the trials so far (`.tuned.interrupted`) and leaves the
+    model without hooks.
 
     Raises:
         QuestionError: if question or answer is empty.
@@ -162,7 +164,8 @@ def tune(
     config = with_engine_shape(model, [question], config, n_rows=config.search.round_size)
     job = Job(prepare_one(model, question, config), parts, "tuned")
     score = Scorer(model, config, fluency=fluency)
-    tuned, interrupted = tune_jobs(model, [job], config, score=score, progress=progress)
+    with shown(progress) as show:
+        tuned, interrupted = tune_jobs(model, [job], config, score=score, progress=show)
     if not tuned and interrupted:
         raise KeyboardInterrupt
     return tuned[0]

@@ -13,7 +13,7 @@ ROOT = Path(fusion_lens.__file__).parent
 
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
-    {"errors", "operators"},
+    {"errors", "operators", "progress"},
     {
         *{"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
         "pictures",
@@ -72,6 +72,7 @@ DOORS = {
     "pandas": {"results"},
     "plotly": {"pictures", "plots", "feature_plots"},
     "rich": {"report", "cli"},
+    "tqdm": {"progress"},
     "typer": {"cli", "cli_options"},
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
