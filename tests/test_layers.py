@@ -13,7 +13,7 @@ ROOT = Path(fusion_lens.__file__).parent
 
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
-    {"errors", "operators", "progress"},
+    {"errors", "operators", "progress", "differences"},
     {
         *{"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
         "pictures",
