@@ -66,10 +66,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class TunedPlan:
-    """A finished search with the plan it chose. `seconds` is its share of the wall time, by
-    rows."""
+    """A finished search with the plan it chose, and the settings it ran with, the engine's shape
+    among them. `seconds` is its share of the wall time, by rows."""
 
     job: Job
+    config: TuningConfig
     tuned: Tuned[Graded]
     plan: Plan
     seconds: float
@@ -228,4 +229,4 @@ def _search(job: Job, config: TuningConfig) -> Search[Graded]:
 
 
 def _chosen(job: Job, tuned: Tuned[Graded], seconds: float, config: TuningConfig) -> TunedPlan:
-    return TunedPlan(job, tuned, job.plan(tuned.best.coeffs, config), seconds)
+    return TunedPlan(job, config, tuned, job.plan(tuned.best.coeffs, config), seconds)

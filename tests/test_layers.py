@@ -34,7 +34,7 @@ LAYERS = (
     {"preparation", "results", "statistics"},
     {"scoring"},
     {"tuning", "teacher_forcing"},
-    {"lenders", "summary", "attribution"},
+    {"lenders", "summary", "attribution", "panel"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness"},
     {"experiment", "plots", "report", "feature_plots"},
@@ -73,6 +73,7 @@ DOORS = {
     "plotly": {"pictures", "plots", "feature_plots"},
     "rich": {"report", "cli"},
     "tqdm": {"progress"},
+    "ipywidgets": {"panel"},
     "typer": {"cli", "cli_options"},
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
@@ -169,7 +170,8 @@ def test_a_package_has_one_door(package: str) -> None:
 def test_importing_the_package_loads_no_heavy_one() -> None:
     code = (
         "import sys, fusion_lens; "
-        "print(sorted({'transformer_lens', 'sae_lens', 'transformers', 'plotly'} & {*sys.modules}))"
+        "heavy = {'transformer_lens', 'sae_lens', 'transformers', 'plotly', 'ipywidgets'}; "
+        "print(sorted(heavy & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
