@@ -76,6 +76,8 @@ class Lenders:
         lending = {question.id for question in donors}
         everyone = {question.id: question for question in (*donors, *questions)}
         ordered = [everyone[name] for name in sorted(everyone)]
+        if progress is not None and ordered:
+            progress("preparing", 0, len(ordered))
         for start in range(0, len(ordered), block_size):
             block = ordered[start : start + block_size]
             ready, failed = prepare(self.model, block, self.config, log=log)

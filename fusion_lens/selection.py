@@ -72,6 +72,8 @@ def select_failed(
         rows.append(Row(prompt, None, row_seed(shaped, question)))
     with shown(progress) as show:
         told = None if show is None else lambda done: show("selecting", done, len(rows))
+        if told is not None and rows:
+            told(0)
         written = generate(model, rows, settings, progress=told, log=log)
     right = [
         done.finite and exact_match(done.text, question.answer, question.aliases)

@@ -106,6 +106,8 @@ def tune_jobs(
     total = len(jobs) * config.search.trials
     told = 0
     interrupted = False
+    if progress is not None and jobs:
+        progress("trials", 0, total)
     try:
         while not all(search.done for search in searches):
             began = time.perf_counter()

@@ -247,4 +247,6 @@ def test_a_long_call_shows_its_bars_unless_told_not_to(name: str, tiny, stderr) 
     call(tiny, progress=lambda *told: seen.append(told))
     assert terminal.getvalue() == before
     stages = {stage: (done, total) for stage, done, total in seen}
+    # a bar stands there before the first row is done
+    assert seen[0][1] == 0
     assert [f"{stage}: 100%|{a}/{b}" for stage, (a, b) in stages.items()] == expected
