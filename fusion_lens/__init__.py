@@ -25,6 +25,8 @@ from fusion_lens.generation import generate as generate
 from fusion_lens.hooks import fwd_hooks as fwd_hooks
 from fusion_lens.hooks import steering as steering
 from fusion_lens.models import load_model as load_model
+from fusion_lens.panel import SteeringPanel as SteeringPanel
+from fusion_lens.panel import steering_panel as steering_panel
 from fusion_lens.plan_files import load_plan as load_plan
 from fusion_lens.plan_files import save_plan as save_plan
 from fusion_lens.plans import Plan as Plan

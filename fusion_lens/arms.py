@@ -27,7 +27,8 @@ from fusion_lens.graders import Graded
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan, Segment
-from fusion_lens.preparation import Prepared, Progress, TuningConfig, seed_of
+from fusion_lens.preparation import Prepared, TuningConfig, seed_of
+from fusion_lens.progress import Progress
 from fusion_lens.prompts import Prompt, answer_prefix, baseline_prompt, question_prompt
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer

@@ -13,8 +13,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from fusion_lens.judges import Judge
     from fusion_lens.models import HookedModel
     from fusion_lens.perplexity import PerplexityModel
-    from fusion_lens.preparation import Progress
     from fusion_lens.protocols import Protocol
     from fusion_lens.questions import Question
     from fusion_lens.teacher_forcing import Text
@@ -156,6 +154,7 @@ def run(
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.pictures import write_figures
     from fusion_lens.plots import run_figures
+    from fusion_lens.progress import bars
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.results import write_text
@@ -206,7 +205,7 @@ def run(
     fluency = _fluency(settings, device)
     opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
     shelved = open_dictionaries(_dictionaries(dictionary, model), opened)
-    with _progress() as progress:
+    with bars() as progress:
         if failed:
             selected = select_failed(
                 opened,
@@ -307,6 +306,7 @@ def tune(
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
     from fusion_lens.plan_files import save_plan
+    from fusion_lens.progress import bars
     from fusion_lens.questions import Question
     from fusion_lens.search import check_storage
     from fusion_lens.tuning import export_tuned
@@ -318,7 +318,7 @@ def tune(
         check_storage(storage, [asked.question])
     fluency = _fluency(settings, device)
     opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
-    with _progress() as progress:
+    with bars() as progress:
         tuned = tune_question(
             opened,
             asked,
@@ -501,6 +501,7 @@ def questions(
     from fusion_lens.atlas.questions import make_questions
     from fusion_lens.generation import GenerationConfig, Row
     from fusion_lens.generation import generate as generate_rows
+    from fusion_lens.progress import bars
     from fusion_lens.prompts import tokenize
     from fusion_lens.questions import save_questions
 
@@ -510,7 +511,7 @@ def questions(
     def complete(prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
         config = GenerationConfig(max_new_tokens=max_new_tokens, slots=slots)
         rows = [Row(tokenize(model, prompt)) for prompt in prompts]
-        with _progress() as progress:
+        with bars() as progress:
             written = generate_rows(
                 model, rows, config, progress=lambda done: progress("asking", done, len(rows))
             )
@@ -639,28 +640,6 @@ def _require_writable(path: Path) -> None:
         raise OutputError(path, error.strerror or str(error)) from error
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from tqdm import tqdm
-
-    live = sys.stderr.isatty()
-    bars: dict[str, tqdm[Any]] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(
-                desc=stage, unit="row", mininterval=0.1 if live else 15, dynamic_ncols=True
-            )
-        bars[stage].total = total
-        bars[stage].update(done - bars[stage].n)
-
-    try:
-        yield show
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
 def _steered_text(model: HookedModel, file: Path, question: str | None, tuning: Any) -> Text:
     """What a saved plan writes after its question."""
     from fusion_lens.generation import GenerationConfig, Row
@@ -712,12 +691,13 @@ def _tuned_text_of(
     device: str | None,
 ) -> Text:
     """What a question's plan writes, found by a search."""
+    from fusion_lens.progress import bars
     from fusion_lens.questions import select_questions
     from fusion_lens.teacher_forcing import Text
     from fusion_lens.tuning import tune as tune_question
 
     (asked,) = select_questions(_questions(file, named), ids=(question_id,))
-    with _progress() as progress:
+    with bars() as progress:
         tuned = tune_question(
             model,
             asked,

@@ -28,7 +28,8 @@ from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Segment
-from fusion_lens.preparation import Failure, Progress, TuningConfig, with_engine_shape
+from fusion_lens.preparation import Failure, TuningConfig, with_engine_shape
+from fusion_lens.progress import Progress, shown
 from fusion_lens.prompts import Prompt, tokenize
 from fusion_lens.questions import Question, questions_digest
 from fusion_lens.results import (
@@ -119,7 +120,7 @@ def run(
     explain: Explain | None = None,
     source: Mapping[str, Any] | None = None,
     command: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Results:
     """Every question under every arm; with `out`, write the run there.
 
@@ -128,7 +129,8 @@ def run(
     control arms: all questions of the split. Without them both are `questions`. `judge` labels
     what every arm chose (None: by spelling and value). `fluency` measures perplexity (None: the
     unsteered model itself). `explain` tells the features of a plan (`shelves.explainer`). `source`
-    tells where the questions are from and `command` what was typed, for the provenance.
+    tells where the questions are from and `command` what was typed, for the provenance. `progress`
+    as in `tune`.
 
     A question that cannot be steered is listed under `failures` in the summary with its reason, and
     the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
@@ -163,14 +165,15 @@ def run(
     folder = None if out is None else open_run_folder(out)
     began = time.perf_counter()
     kept = _Kept()
-    with Lenders(model, config.tuning, centre=config.centre) as lenders:
+    lending = Lenders(model, config.tuning, centre=config.centre)
+    with lending as lenders, shown(progress) as show:
         try:
             lenders.gather(
                 questions,
                 (donors or questions) if config.lends else questions,
                 block_size=config.block_size,
                 log=log,
-                progress=progress,
+                progress=show,
             )
             prefixed = "answer_in_prompt" in config.arms
             room = _prefix_room(model, pool, config) if prefixed else 0
@@ -184,9 +187,9 @@ def run(
                     prefix_room=room,
                 )
                 block = [q.id for q in questions[start : start + config.block_size]]
-                shown = _within(progress, done=start, of=len(questions), config=config)
+                told = _within(show, done=start, of=len(questions), config=config)
                 _run_block(
-                    bench, block, config, segments, unrelated, judge, explain, kept, folder, shown
+                    bench, block, config, segments, unrelated, judge, explain, kept, folder, told
                 )
                 if kept.interrupted:
                     break

@@ -8,12 +8,28 @@ text.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fusion_lens.decoding import Completion
+from fusion_lens.differences import marked_words
 from fusion_lens.published import published_overlap
 from fusion_lens.questions import Question
 from fusion_lens.scores import objective, perplexity_of, text_scores
+from fusion_lens.tables import Cell, Section
+
+
+def _number(value: float | None) -> str:
+    return "unscored" if value is None else f"{value:.2f}"
+
+
+_SHOWN: dict[str, Callable[[Any], str]] = {
+    "exact_match": lambda value: "yes" if value else "no",
+    "overlap": _number,
+    "perplexity": _number,
+    "objective": "{:+.3f}".format,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,24 @@ class Graded:
     def perplexity(self) -> float | None:
         """exp(nll); None where that is unscored or overflows."""
         return perplexity_of(self.nll)
+
+    def beside(self, unsteered: Graded | None, title: str, notes: tuple[str, ...] = ()) -> Section:
+        """A table of both completions and their scores; each marks the words the other lacks."""
+        sides = [self.completion] if unsteered is None else [unsteered.completion, self.completion]
+        texts = [side.text.strip() for side in sides]
+        rows: list[tuple[Cell, ...]] = [
+            ("text", *map(marked_words, texts[::-1], texts))
+            if unsteered is not None
+            else ("text", "", *texts)
+        ]
+        shown = [
+            ["" if each is None else form(getattr(each, name)) for each in (unsteered, self)]
+            for name, form in _SHOWN.items()
+        ]
+        rows += [
+            (name.replace("_", " "), *values) for name, values in zip(_SHOWN, shown, strict=True)
+        ]
+        return Section(title, ("", "unsteered", "steered"), tuple(rows), notes)
 
 
 def grade(

@@ -28,7 +28,8 @@ from fusion_lens.controls import (
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.models import HookedModel
-from fusion_lens.preparation import Failure, Prepared, Progress, TuningConfig, prepare, seed_of
+from fusion_lens.preparation import Failure, Prepared, TuningConfig, prepare, seed_of
+from fusion_lens.progress import Progress
 from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
 
@@ -75,6 +76,8 @@ class Lenders:
         lending = {question.id for question in donors}
         everyone = {question.id: question for question in (*donors, *questions)}
         ordered = [everyone[name] for name in sorted(everyone)]
+        if progress is not None and ordered:
+            progress("preparing", 0, len(ordered))
         for start in range(0, len(ordered), block_size):
             block = ordered[start : start + block_size]
             ready, failed = prepare(self.model, block, self.config, log=log)

@@ -100,11 +100,11 @@ def plain(text: str) -> str:
 def logarithmic(values: Sequence[float], *, most: int = 9) -> dict[str, Any]:
     """An axis of powers of ten with `most` ticks on these positive values: plotly's own would
     write the digits between them too small."""
-    low = math.floor(math.log10(min(values, default=1.0)) - 1e-9)
-    high = math.ceil(math.log10(max(values, default=10.0)) + 1e-9)
+    least, largest = min(values, default=1.0), max(values, default=10.0)
+    low, high = math.floor(math.log10(least) - 1e-9), math.ceil(math.log10(largest) + 1e-9)
     for steps in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [10.0**power * step for power in range(low, high + 1) for step in steps]
-        inside = [tick for tick in ticks if min(values) <= tick <= max(values)]
+        inside = [tick for tick in ticks if least <= tick <= largest]
         if len(inside) <= most:
             break
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.12g}" for tick in ticks]}

@@ -33,9 +33,6 @@ from fusion_lens.search import SearchConfig
 
 METRICS = ("completion", "published")
 
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
-
 
 @dataclass(frozen=True, slots=True)
 class TuningConfig:

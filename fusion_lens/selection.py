@@ -13,7 +13,8 @@ from fusion_lens.errors import ConfigError, ContextLengthError
 from fusion_lens.generation import check_context, generate
 from fusion_lens.judges import Judge
 from fusion_lens.models import HookedModel
-from fusion_lens.preparation import Progress, TuningConfig, row_seed, with_engine_shape
+from fusion_lens.preparation import TuningConfig, row_seed, with_engine_shape
+from fusion_lens.progress import Progress, shown
 from fusion_lens.prompts import baseline_prompt
 from fusion_lens.questions import Question
 from fusion_lens.scores import exact_match, label_figures
@@ -45,12 +46,12 @@ def select_failed(
     pool: Sequence[Question] | None = None,
     judge: Judge | None = None,
     by_judge: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     log: EngineLog | None = None,
 ) -> Selected:
     """Keep the questions whose greedy unsteered completion is not right: its extracted answer does
     not match; or, with `by_judge`, which the judge calls INCORRECT, as the paper does. `pool` as in
-    `run`, whose baseline then writes the same.
+    `run`, whose baseline then writes the same; `progress` as in `tune`.
 
     Raises:
         ConfigError: if `by_judge` is set without a judge.
@@ -69,8 +70,11 @@ def select_failed(
             continue
         asked.append(question)
         rows.append(Row(prompt, None, row_seed(shaped, question)))
-    shown = None if progress is None else lambda done: progress("selecting", done, len(rows))
-    written = generate(model, rows, settings, progress=shown, log=log)
+    with shown(progress) as show:
+        told = None if show is None else lambda done: show("selecting", done, len(rows))
+        if told is not None and rows:
+            told(0)
+        written = generate(model, rows, settings, progress=told, log=log)
     right = [
         done.finite and exact_match(done.text, question.answer, question.aliases)
         for question, done in zip(asked, written, strict=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fusion_lens.deltas import Deltas
-from fusion_lens.differences import marked_words
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import (
     one_of,
@@ -32,23 +31,16 @@ from fusion_lens.plans import (
 )
 from fusion_lens.preparation import (
     Prepared,
-    Progress,
     TuningConfig,
     prepare_one,
     seed_of,
     with_engine_shape,
 )
+from fusion_lens.progress import Progress, shown
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
 from fusion_lens.search import Search, Tuned, export_study
-from fusion_lens.tables import Cell, Section, Shows
-
-_SCORES = {
-    "exact_match": "{:.0f}",
-    "overlap": "{:.2f}",
-    "perplexity": "{:.2f}",
-    "objective": "{:+.3f}",
-}
+from fusion_lens.tables import Section, Shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +67,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class TunedPlan(Shows):
-    """A finished search with the plan it chose. `seconds` is its share of the wall time, by
-    rows."""
+    """A finished search with the plan it chose, and the settings it ran with, the engine's shape
+    among them. `seconds` is its share of the wall time, by rows."""
 
     job: Job
+    config: TuningConfig
     tuned: Tuned[Graded]
     plan: Plan
     seconds: float
@@ -96,23 +89,13 @@ class TunedPlan(Shows):
 
     def table(self) -> Section:
         """The steered completion beside the unsteered one, their scores, and what was chosen."""
-        old, new = self.unsteered, self.best
-        text: Cell = new.completion.text.strip()
-        before = "" if old is None else old.completion.text.strip()
-        if old is not None:
-            text = marked_words(before, new.completion.text.strip())
-        rows: list[tuple[Cell, ...]] = [("text", before, text)]
-        for name, form in _SCORES.items():
-            shown = ("" if each is None else _score(each, name, form) for each in (old, new))
-            rows.append((name.replace("_", " "), *shown))
         question = self.job.prepared.question
         best, n = self.tuned.best, len(self.tuned.trials)
         coeffs = ", ".join(f"{name} {c:.3f}" for name, c in best.coeffs.items())
         notes = [f"gold: {question.answer}", f"trial {best.number} of {n}; coefficients: {coeffs}"]
         if self.tuned.zero_won:
             notes.append("no trial beat the zero plan: this plan does not steer")
-        header = ("", "unsteered", "steered")
-        return Section(question.question, header, tuple(rows), tuple(notes))
+        return self.best.beside(self.unsteered, question.question, tuple(notes))
 
 
 def tune_jobs(
@@ -134,6 +117,8 @@ def tune_jobs(
     total = len(jobs) * config.search.trials
     told = 0
     interrupted = False
+    if progress is not None and jobs:
+        progress("trials", 0, total)
     try:
         while not all(search.done for search in searches):
             began = time.perf_counter()
@@ -143,8 +128,8 @@ def tune_jobs(
                 for job, coeffs_list in zip(jobs, asked, strict=True)
                 for coeffs in coeffs_list
             ]
-            shown = None if progress is None else partial(_show, progress, told, total)
-            completions = generate(model, rows, config.generation, progress=shown, log=log)
+            show = None if progress is None else partial(_show, progress, told, total)
+            completions = generate(model, rows, config.generation, progress=show, log=log)
             owners = [job.prepared for job, batch in zip(jobs, asked, strict=True) for _ in batch]
             outcomes = iter(score(owners, completions))
             share = (time.perf_counter() - began) / max(len(rows), 1)
@@ -169,12 +154,14 @@ def tune(
     segments: str | int | Sequence[Segment] = "thirds",
     config: TuningConfig | None = None,
     fluency: PerplexityModel | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> TunedPlan:
     """Tune one question's plan: coefficients per segment that make the model say the answer,
     fluently, by `fluency` or the unsteered model itself.
 
-    An interrupt gives the trials so far (`.tuned.interrupted`) and leaves the model without hooks.
+    `progress`: True draws a bar in a notebook or a terminal, False none; a function is called as
+    (stage, done, total). An interrupt gives the trials so far (`.tuned.interrupted`) and leaves the
+    model without hooks.
 
     Raises:
         QuestionError: if question or answer is empty.
@@ -191,7 +178,8 @@ def tune(
     config = with_engine_shape(model, [question], config, n_rows=config.search.round_size)
     job = Job(prepare_one(model, question, config), parts, "tuned")
     score = Scorer(model, config, fluency=fluency)
-    tuned, interrupted = tune_jobs(model, [job], config, score=score, progress=progress)
+    with shown(progress) as show:
+        tuned, interrupted = tune_jobs(model, [job], config, score=score, progress=show)
     if not tuned and interrupted:
         raise KeyboardInterrupt
     return tuned[0]
@@ -237,11 +225,6 @@ def make_segments(segments: str | int | Sequence[Segment], n_layers: int) -> tup
     return tuple(segments)
 
 
-def _score(graded: Graded, name: str, form: str) -> str:
-    value = getattr(graded, name)
-    return "unscored" if value is None else form.format(value)
-
-
 def _show(progress: Progress, before: int, total: int, done: int) -> None:
     progress("trials", before + done, total)
 
@@ -259,4 +242,4 @@ def _search(job: Job, config: TuningConfig) -> Search[Graded]:
 
 
 def _chosen(job: Job, tuned: Tuned[Graded], seconds: float, config: TuningConfig) -> TunedPlan:
-    return TunedPlan(job, tuned, job.plan(tuned.best.coeffs, config), seconds)
+    return TunedPlan(job, config, tuned, job.plan(tuned.best.coeffs, config), seconds)

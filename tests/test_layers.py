@@ -13,7 +13,7 @@ ROOT = Path(fusion_lens.__file__).parent
 
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
-    {"errors", "operators", "differences"},
+    {"errors", "operators", "progress", "differences"},
     {
         *{"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
         *{"pictures", "tables"},
@@ -36,7 +36,7 @@ LAYERS = (
     {"results"},
     {"scoring"},
     {"tuning", "teacher_forcing"},
-    {"lenders", "summary", "attribution", "logit_lens"},
+    {"lenders", "summary", "attribution", "logit_lens", "panel"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
@@ -77,6 +77,8 @@ DOORS = {
         *{"pictures", "plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"}
     },
     "rich": {"tables", "results", "cli"},
+    "tqdm": {"progress"},
+    "ipywidgets": {"panel"},
     "typer": {"cli", "cli_options"},
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
@@ -173,7 +175,8 @@ def test_a_package_has_one_door(package: str) -> None:
 def test_importing_the_package_loads_no_heavy_one() -> None:
     code = (
         "import sys, fusion_lens; "
-        "print(sorted({'transformer_lens', 'sae_lens', 'transformers', 'plotly'} & {*sys.modules}))"
+        "heavy = {'transformer_lens', 'sae_lens', 'transformers', 'plotly', 'ipywidgets'}; "
+        "print(sorted(heavy & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60

@@ -129,7 +129,7 @@ def test_a_failed_question_is_kept_with_its_reason_and_lends_nothing(tiny: Hooke
         assert "must be found" in str(some.failures["b"].cause)
         assert some.generic.of == {"a"}
         assert some.donors == {}
-    assert seen == [("preparing", 1, 2), ("preparing", 2, 2)]
+    assert seen == [("preparing", 0, 2), ("preparing", 1, 2), ("preparing", 2, 2)]
 
 
 def test_the_means_lie_in_a_file_that_goes_with_the_run(tiny: HookedModel) -> None:
