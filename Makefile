@@ -20,8 +20,9 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 figures: $(STAMP)
+	bash figures/chromium.sh
 	test -f runs/atlas/summary.json || $(MAKE) run
-	$(BIN)/python figures/make.py runs/atlas
+	$(BIN)/python figures/make.py
 
 atlas-probes: $(STAMP)
 	$(BIN)/python -m fusion_lens.atlas.probes

@@ -1,7 +1,9 @@
-"""Remake the README's figures and tables from a finished run: `make figures`.
+"""Remake the figures and the README's tables from a finished run of Atlas: `make figures`.
 
-Each picture lies beside the rows it shows. The blocks of README.md between `<!-- name -->` and
-`<!-- end -->` are rewritten from the same files, so that text and data cannot drift apart.
+Each picture lies beside the rows it shows, as JSON. Those of one question are of the question whose
+gain in objective is the median of all that the segmented arm steered. The blocks of README.md
+between `<!-- name -->` and `<!-- end -->` are rewritten from the same files, so that text and data
+cannot drift apart.
 """
 
 from __future__ import annotations
@@ -10,15 +12,28 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from fusion_lens.pictures import write_figures
+from fusion_lens import load_model, load_plan, load_questions, load_results, tune
+from fusion_lens.atlas import QUESTIONS
+from fusion_lens.attribution import attribute
+from fusion_lens.delta_plots import plot_layer_cosines, plot_question_cosines
+from fusion_lens.feature_plots import plot_layer_features, plot_token_features, plot_top_features
+from fusion_lens.logit_lens import logit_lens
+from fusion_lens.pictures import Figure, write_figures
 from fusion_lens.plots import run_figures
+from fusion_lens.preparation import prepare
 from fusion_lens.report import lender_lines, sections, tuned_lines
-from fusion_lens.results import load_results
+from fusion_lens.results import Result, Results, plan_path
+from fusion_lens.shelves import labels_of, open_dictionaries
+from fusion_lens.teacher_forcing import Text, gold_text
+from fusion_lens.token_plots import plot_logit_lens, plot_token_shifts, plot_tokens
+from fusion_lens.tuning_plots import plot_front, plot_importance, plot_search
 
 FIGURES = Path(__file__).parent
 README = FIGURES.parent / "README.md"
+RUN = FIGURES.parent / "runs" / "atlas"
 PROBES = FIGURES.parent / "fusion_lens" / "atlas" / "probes.json"
 
 
@@ -54,14 +69,63 @@ def with_blocks(readme: str, blocks: dict[str, str]) -> str:
     return readme
 
 
+def question_figures(results: Results) -> list[Figure]:
+    """What the run kept of one question and of all, and what takes the model again: cosines, the
+    logit lens, one search, one plan's features."""
+    model = load_model()
+    by_key = {(record.question_id, record.arm): record for record in results.records}
+    steered = [
+        record for record in results.records if record.arm == "segmented" and record.injected_norm
+    ]
+
+    def gain(record: Result) -> float:
+        return record.objective - by_key[record.question_id, "baseline"].objective
+
+    example = sorted(steered, key=gain)[len(steered) // 2].question_id
+    detail = next(each for each in results.details if each.question_id == example)
+    questions = {question.id: question for question in load_questions(QUESTIONS)}
+    asked = [
+        replace(questions[record.question_id], explanation=record.explanation) for record in steered
+    ]
+    prepared, failures = prepare(model, asked)
+    assert not failures
+    plans = [load_plan(plan_path(RUN, item.question.id, "segmented")) for item in prepared]
+    pairs = list(zip(prepared, plans, strict=True))
+    deltas = {item.question.id: item.deltas for item in prepared}
+    lenses = [
+        logit_lens(model, [gold_text(model, item, plan if on else None) for item, plan in pairs])
+        for on in (False, True)
+    ]
+    tuned = tune(model, next(q for q in asked if q.id == example), progress=False)
+    text = Text(tuned.job.prepared.prompt, tuned.best.completion.tokens, tuned.plan)
+    shelved = open_dictionaries(["atlas-crosscoder"], model)
+    (found,) = attribute(model, [each.dictionary for each in shelved], [text])
+    labels = labels_of(shelved, found, 15)
+    return [
+        plot_layer_cosines(deltas),
+        plot_question_cosines(deltas),
+        plot_logit_lens(*lenses),
+        plot_tokens(detail.captured, detail.steered),
+        plot_token_shifts(detail.traces),
+        plot_search(tuned.tuned),
+        plot_front(tuned.tuned),
+        plot_importance(tuned.tuned),
+        plot_top_features(found, labels=labels),
+        plot_layer_features(found, labels=labels),
+        plot_token_features(found, labels=labels),
+    ]
+
+
 def main() -> None:
-    """Read the run named on the command line; write pictures, data and the README's blocks."""
-    run = Path(sys.argv[1])
-    results = load_results(run)
-    reason = write_figures(run_figures(results), FIGURES, html=False, data=True)
+    """Read the run; write pictures, data and the README's blocks."""
+    results = load_results(RUN)
+    for stale in (*FIGURES.glob("*.png"), *FIGURES.glob("*.json")):
+        stale.unlink()
+    figures = [*run_figures(results), *question_figures(results)]
+    reason = write_figures(figures, FIGURES, html=False, data=True)
     if reason is not None:
         sys.exit(reason)
-    shutil.copy(run / "summary.json", FIGURES / "summary.json")
+    shutil.copy(RUN / "summary.json", FIGURES / "summary.json")
     probes = json.loads(PROBES.read_text(encoding="utf-8"))
     blocks = readme_blocks(results.summary, probes)
     README.write_text(with_blocks(README.read_text(encoding="utf-8"), blocks), encoding="utf-8")
