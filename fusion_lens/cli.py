@@ -279,7 +279,7 @@ def compare(
 
     runs = load_results(one), load_results(other)
     table = run_differences(compare_runs(*(run.records for run in runs)), (str(one), str(other)))
-    Console().print(table.to_table())
+    Console().print(table.to_rich())
     return 0
 
 
@@ -479,7 +479,7 @@ def features(
         if coding:
             tables.append(coding_table(found, dictionaries, coding, labels))
         for table in tables:
-            Console().print(table.to_table())
+            Console().print(table.to_rich())
     if out is not None:
         plots = (plot_top_features, plot_layer_features, plot_token_features)
         missing = write_figures([plot(found, labels=labels) for plot in plots], out)
@@ -546,7 +546,7 @@ def _print_tables(summary: dict[str, Any]) -> None:
     from fusion_lens.report import closing_lines, sections
 
     for section in sections(summary, between="\n"):
-        Console().print(section.to_table())
+        Console().print(section.to_rich())
         print()
     for line in closing_lines(summary):
         print(line)

@@ -91,7 +91,7 @@ class Completion(Shows):
 
     def table(self) -> Section:
         """Its text, and how it came about."""
-        return Section("completion", ("", "text"), (("text", self.text), *self._told()))
+        return Section("completion", ("", ""), (("text", self.text), *self._told()))
 
     def beside(self, unsteered: Completion) -> Section:
         """A table of both, with the words that differ from the unsteered text marked."""

@@ -72,7 +72,7 @@ class Question(Shows):
             "neighbours": "\n".join(f"{n.question} {n.answer}" for n in self.neighbours),
         }
         rows = tuple((name, text) for name, text in told.items() if text)
-        return Section(f"question {self.id}", ("", "text"), rows)
+        return Section(f"question {self.id}", ("", ""), rows)
 
 
 def _require_text(what: str, **fields: str) -> None:

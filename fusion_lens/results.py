@@ -150,7 +150,7 @@ class Summary(dict[str, Any]):
     def __rich__(self) -> Group:
         from rich.console import Group
 
-        return Group(*(section.to_table() for section in sections(self, between="\n")))
+        return Group(*(section.to_rich() for section in sections(self, between="\n")))
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per arm and metric over all questions (`by` "all"), and per topic and answer type:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fusion_lens.differences import marked_html
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
 
 Cell = str | Sequence[tuple[str, bool]]
@@ -30,31 +30,26 @@ class Section:
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
 
-    def to_table(self) -> Table:
-        """For the terminal."""
+    def to_rich(self) -> Group:
+        """For the terminal: title, table and notes."""
         from rich.box import SIMPLE_HEAD
-        from rich.markup import escape as escaped
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(
-            title=escaped(self.title),
-            title_justify="left",
-            title_style="",
             box=SIMPLE_HEAD,
             show_edge=False,
             show_header=any(self.header),
             padding=(0, 1, 0, 0),
             pad_edge=False,
-            caption=escaped("\n".join(self.notes)) or None,
-            caption_justify="left",
-            caption_style="",
         )
         for n, name in enumerate(self.header):
             # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
             table.add_column(name, justify=self._side(n), overflow="fold")  # type: ignore[arg-type]
         for row in self.rows:
             table.add_row(*map(_rich, row))
-        return table
+        return Group(Text(self.title), table, *map(Text, self.notes))
 
     def to_markdown(self) -> str:
         """The table alone."""
@@ -100,8 +95,8 @@ class Shows:
     def _repr_html_(self) -> str:
         return self.table().to_html()
 
-    def __rich__(self) -> Table:
-        return self.table().to_table()
+    def __rich__(self) -> Group:
+        return self.table().to_rich()
 
 
 def _markdown(cell: Cell) -> str:

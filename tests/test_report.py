@@ -25,7 +25,7 @@ def printed(content: dict) -> list[str]:
     """The table as a terminal of 80 columns shows it."""
     console = Console(width=80, file=io.StringIO())
     for section in sections(content, between="\n"):
-        console.print(section.to_table())
+        console.print(section.to_rich())
     return console.file.getvalue().splitlines()
 
 
@@ -256,5 +256,5 @@ def test_two_runs_are_told_apart_arm_by_arm() -> None:
 
 def test_a_cell_that_looks_like_markup_is_printed_as_it_is() -> None:
     console = Console(width=80, file=io.StringIO())
-    console.print(Section("t", ("layer", "label"), (("1", "[/b] is [red]"),)).to_table())
+    console.print(Section("t", ("layer", "label"), (("1", "[/b] is [red]"),)).to_rich())
     assert "[/b] is [red]" in console.file.getvalue()
