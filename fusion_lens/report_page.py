@@ -23,7 +23,7 @@ import plotly.offline
 
 from fusion_lens.pictures import Figure
 from fusion_lens.plots import ARM_COLOURS, run_figures
-from fusion_lens.report import caption, closing_lines, failure_lines, further_sections, sections
+from fusion_lens.report import closing_lines, failure_lines, further_sections, sections
 from fusion_lens.report_data import details_table, packed, records_table
 from fusion_lens.results import Results
 
@@ -39,6 +39,7 @@ _TILES = {
 }
 # plotly keeps room for a title, which the page writes above the figure
 _TITLE_ROOM = 40
+_MOST_POINTS = 300
 
 
 def html_report(results: Results) -> str:
@@ -65,7 +66,6 @@ def html_report(results: Results) -> str:
         questions=summary["questions"],
         n_arms=len(table["arms"]),
         n_questions=len(table["questions"]["id"]),
-        caption=caption(summary),
         interrupted=summary["interrupted"],
         seconds=summary["seconds"],
         main=main,
@@ -114,7 +114,7 @@ def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
-def _tiles(summary: Mapping[str, Any], main: str) -> list[dict[str, str]]:
+def _tiles(summary: Mapping[str, Any], main: str) -> list[dict[str, Any]]:
     """The main arm's scores, large, each against the baseline's."""
     arms = summary["arms"]
     if main not in arms:
@@ -124,23 +124,23 @@ def _tiles(summary: Mapping[str, Any], main: str) -> list[dict[str, str]]:
         own = arms[main]["metrics"][metric]
         if own["mean"] is None:
             continue
-        against = ""
+        lines = [f"n = {own['n']}"]
         if "baseline" in arms and main != "baseline":
             before = arms["baseline"]["metrics"][metric]["mean"]
-            against = "" if before is None else f"{form.format(before)} unsteered"
-            against += _against_baseline(summary["comparisons"], metric, signed)
-        made.append(
-            {"title": title, "value": form.format(own["mean"]), "n": own["n"], "against": against}
-        )
+            lines += [] if before is None else [f"unsteered {form.format(before)}"]
+            lines += _against_baseline(summary["comparisons"], metric, signed)
+        made.append({"title": title, "value": form.format(own["mean"]), "lines": lines})
     return made
 
 
-def _against_baseline(comparisons: Sequence[Mapping[str, Any]], metric: str, form: str) -> str:
+def _against_baseline(
+    comparisons: Sequence[Mapping[str, Any]], metric: str, form: str
+) -> list[str]:
     for each in comparisons:
         if (each["b"], each["metric"]) == ("baseline", metric) and each["low"] is not None:
             diff, low, high = (form.format(each[key]) for key in ("diff", "low", "high"))
-            return f"; {diff} [{low}, {high}]"
-    return ""
+            return [f"difference {diff} [{low}, {high}]"]
+    return []
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
@@ -153,4 +153,43 @@ def _figure(figure: Figure) -> dict[str, Any]:
     for size in ("width", "height"):
         layout.pop(size, None)
     title = html.unescape(re.sub(r"<[^>]*>", " ", title))
+    spec["data"] = _lighter(spec["data"])
     return {"name": figure.name, "title": title, "height": figure.height, "spec": spec}
+
+
+def _lighter(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same picture in less than a second: many faint lines become one trace with gaps, and a
+    box of hundreds of points shows its outliers only."""
+    lines = [trace for trace in traces if _is_faint_line(trace)]
+    others = [dict(trace) for trace in traces if not _is_faint_line(trace)]
+    for trace in others:
+        values = trace.get("x" if trace.get("orientation") == "h" else "y", ())
+        if trace["type"] == "box" and _length(values) > _MOST_POINTS and trace.get("boxpoints"):
+            trace["boxpoints"] = "outliers"
+    joined: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        style = json.dumps([line["line"], *(line.get(key) for key in ("xaxis", "yaxis"))])
+        into = joined.setdefault(style, dict(line) | {"x": [], "y": [], "text": [], "name": ""})
+        into |= {"hoverinfo": "x+y+text", "connectgaps": False}
+        into["x"] += [*line["x"], None]
+        into["y"] += [*line["y"], None]
+        into["text"] += [line.get("name", "")] * (len(line["x"]) + 1)
+    return [*joined.values(), *others]
+
+
+def _is_faint_line(trace: Mapping[str, Any]) -> bool:
+    """A line without a legend and of plain numbers."""
+    plain = all(isinstance(trace.get(axis), list) for axis in ("x", "y"))
+    return (
+        plain
+        and (trace["type"], trace.get("mode")) == ("scatter", "lines")
+        and trace.get("showlegend") is False
+        and not {"text", "hovertemplate", "customdata", "fill"} & trace.keys()
+    )
+
+
+def _length(values: Any) -> int:
+    """Of a list, or of plotly's packed numbers."""
+    if isinstance(values, Mapping):
+        return len(base64.b64decode(values["bdata"])) // int(values["dtype"][1:])
+    return len(values)

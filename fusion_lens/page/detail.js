@@ -31,6 +31,11 @@ const SCORES = [
   ["seconds", "seconds", figures3],
 ];
 
+// A dot in the arm's colour and its name, which may be broken after an underscore.
+const armName = (run, arm) => [
+  dot(run, arm),
+  el("span", {}, arm.split(/(?<=_)/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]))),
+];
 const dot = (run, arm) => el("span", { class: "dot", style: { background: run.colours[arm] } });
 const section = (title, ...children) => el("section", {}, el("h3", {}, title), ...children);
 const note = (...texts) => el("p", { class: "note" }, ...texts);
@@ -59,13 +64,13 @@ function said(run, question, arm) {
   const record = recordOf(question, arm);
   const against = arm === "baseline" ? null : (unsteeredOf(question)?.completion.trim() ?? null);
   if (record === null) {
-    return el("li", {}, el("h4", {}, dot(run, arm), arm), note("This arm failed on the question, or was not run."));
+    return el("li", {}, el("h4", {}, armName(run, arm)), note("This arm failed on the question, or was not run."));
   }
   const reason = [record.label?.toLowerCase().replaceAll("_", " "), record.judged].filter(Boolean).join(": ");
   return el(
     "li",
     {},
-    el("h4", {}, dot(run, arm), arm, " ", verdict(record)),
+    el("h4", {}, armName(run, arm), " ", verdict(record)),
     el("p", { class: "completion" }, record.completion.trim() ? marked(record.completion.trim(), against) : el("i", {}, "nothing")),
     note(
       `answer read: ${record.extracted || "none"}`,
@@ -84,8 +89,8 @@ function scoresTable(run, question) {
     el(
       "table",
       { class: "scores" },
-      el("caption", {}, "Every score of every arm; – is unscored"),
-      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "score"), arms.map((arm) => el("th", { scope: "col" }, dot(run, arm), arm)))),
+      el("caption", {}, el("span", {}, "Every score of every arm; – is unscored")),
+      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "score"), arms.map((arm) => el("th", { scope: "col" }, armName(run, arm))))),
       el(
         "tbody",
         {},
@@ -104,7 +109,7 @@ function scoresTable(run, question) {
 
 // Bars over layers, as a picture with a text for those who do not see it.
 function bars(title, unit, values, format) {
-  const [pitch, left, top, high, below] = [values.length > 14 ? 15 : 30, 46, 20, 96, 36];
+  const [pitch, left, top, high, below] = [values.length > 14 ? 15 : 30, 46, 28, 96, 36];
   const finite = values.map((value) => (value === null || !Number.isFinite(value) ? 0 : value));
   const most = Math.max(...finite, 0) || 1;
   const width = left + pitch * values.length + 8;
@@ -151,9 +156,9 @@ function coefficients(run, question, nLayers) {
     el(
       "table",
       { class: "coefficients" },
-      el("caption", {}, "Coefficient of every layer: how many times the delta is added"),
+      el("caption", {}, el("span", {}, "Coefficient of every layer: how many times the delta is added")),
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "layer"), Array.from({ length: nLayers }, (_, l) => el("th", { scope: "col" }, String(l))))),
-      el("tbody", {}, arms.map((arm) => el("tr", {}, el("th", { scope: "row" }, dot(run, arm), arm), coefficientCells(run, recordOf(question, arm), nLayers, most)))),
+      el("tbody", {}, arms.map((arm) => el("tr", {}, el("th", { scope: "row" }, armName(run, arm)), coefficientCells(run, recordOf(question, arm), nLayers, most)))),
     ),
   );
 }
@@ -206,7 +211,7 @@ function tracedText(run, trace, vocabulary) {
   return el(
     "div",
     { class: "trace" },
-    el("h4", {}, dot(run, trace.arm), trace.arm, el("span", { class: "note" }, ` ${signed(1)(total)} nats in all`)),
+    el("h4", {}, armName(run, trace.arm), el("span", { class: "note" }, ` ${signed(1)(total)} nats in all`)),
     el("p", { class: "tokens" }, tokens.map((token, i) => shiftedToken(token, trace.steered[i], trace.unsteered[i]))),
     table,
   );
@@ -219,7 +224,7 @@ function traceTable(trace, tokens) {
     el(
       "table",
       { class: "scores" },
-      el("caption", {}, `What ${trace.arm} wrote, token by token`),
+      el("caption", {}, el("span", {}, `What ${trace.arm} wrote, token by token`)),
       el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))),
       el(
         "tbody",
@@ -268,7 +273,7 @@ function featuresSection(detail) {
       el(
         "table",
         { class: "features" },
-        el("caption", {}, `Sparse features that make up what ${detail.features_of} injects, the largest first`),
+        el("caption", {}, el("span", {}, `Sparse features that make up what ${detail.features_of} injects, the largest first`)),
         el("thead", {}, el("tr", {}, head.map((name) => el("th", { scope: "col" }, name)))),
         el("tbody", {}, detail.features.map((each) => featureRow(each, most))),
       ),

@@ -41,8 +41,13 @@ async function drawFigures() {
   const places = [...document.querySelectorAll("[data-figure]")];
   if (!places.length) return;
   const [figures] = await Promise.all([unpackJson("figures"), loadPlotly()]);
+  performance.mark("plotly-loaded");
   const drawAll = async () => {
-    for (const place of places) await drawFigure(place, figures[Number(place.dataset.figure)].spec);
+    for (const place of places) {
+      const { name, spec } = figures[Number(place.dataset.figure)];
+      await drawFigure(place, spec);
+      performance.mark(`drawn-${name}`);
+    }
   };
   await drawAll();
   document.addEventListener("themechange", drawAll);

@@ -4,7 +4,9 @@ function startTheme() {
   const button = byId("theme");
   const root = document.documentElement;
   const tell = () => {
-    button.setAttribute("aria-pressed", String(isDark()));
+    const other = isDark() ? "light" : "dark";
+    button.textContent = other === "light" ? "☀ Light" : "☾ Dark";
+    button.setAttribute("aria-label", `Switch to ${other} colours`);
     document.dispatchEvent(new Event("themechange"));
   };
   button.addEventListener("click", () => {

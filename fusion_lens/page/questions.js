@@ -51,7 +51,7 @@ function questionTable(run, open) {
     const arrow = on ? (state.descending ? " ↓" : " ↑") : "";
     return el(
       "th",
-      { scope: "col", role: "columnheader", "aria-sort": on ? (state.descending ? "descending" : "ascending") : "none", class: NUMBERS.has(name) ? "number" : name },
+      { scope: "col", role: "columnheader", "aria-sort": on ? (state.descending ? "descending" : "ascending") : "none", class: NUMBERS.has(name) ? "number" : `c-${name}` },
       el("button", { type: "button", title: name === "change" ? CHANGE_HELP : null, on: { click: () => sortBy(place) } }, title + arrow),
     );
   }
@@ -61,7 +61,7 @@ function questionTable(run, open) {
       "tr",
       { role: "row", "data-number": question.number },
       columns.map(([title, , cell, name = title]) =>
-        el("td", { role: "cell", "data-label": title, class: NUMBERS.has(name) ? "number" : name }, cell(question)),
+        el("td", { role: "cell", "data-label": title, class: NUMBERS.has(name) ? "number" : `c-${name}` }, cell(question)),
       ),
     );
   }
