@@ -1,4 +1,4 @@
-"""A run's records and details -> what `report.html` unpacks: columns, texts that repeat written once.
+"""A run's records and details -> what `report.html` unpacks: columns; a text that repeats, once.
 
 Everything is plain JSON, compressed; nothing here is HTML, and nothing is escaped: the page inserts
 it as text only.

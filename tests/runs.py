@@ -29,11 +29,9 @@ HOSTILE = (
     "constructor",
     "__proto__",
 )
-WORDS = (
-    *("the record of a town hall says that it was built in by and for").split(),
-    *("harbour winter carpenter parish letter stone bridge pupil voyage museum").split(),
-    *("1876 1902 14 March Aldsen Helsant Ellslow Quist Varga Oslo Genoa").split(),
-)
+WORDS = """the record of a town hall says that it was built in by and for harbour winter carpenter
+parish letter stone bridge pupil voyage museum 1876 1902 14 March Aldsen Helsant Quist Varga Oslo
+""".split()
 
 
 def provenance(**more: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 from runs import HOSTILE, hostile_run, large_run, small_run
 
 from fusion_lens.report_page import html_report
@@ -33,8 +35,6 @@ def browser() -> Iterator[Any]:
         if os.environ.get("FUSION_LENS_BROWSER") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as started:
         opened = started.chromium.launch(executable_path=path, args=list(QUIET))
         yield opened
@@ -48,6 +48,8 @@ class Opened:
     page: Any
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    work: float = 0.0
+    """Seconds the page's main thread computed until everything was drawn."""
 
     def ids(self) -> list[str]:
         """Of the rows shown."""
@@ -86,9 +88,13 @@ def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
             "window.violations = []; document.addEventListener('securitypolicyviolation',"
             " (event) => window.violations.push(event.violatedDirective));"
         )
+        devtools = context.new_cdp_session(made.page)
+        devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
         address = pages[run].as_uri()
         made.page.goto(address + at)
         made.page.wait_for_selector("html[data-ready=yes]", timeout=60_000, state="attached")
+        metrics = devtools.send("Performance.getMetrics")["metrics"]
+        made.work = next(m["value"] for m in metrics if m["name"] == "TaskDuration")
         assert made.requests == [address]
         return made
 
@@ -127,15 +133,15 @@ def test_a_search_narrows_to_what_any_arm_said_whatever_the_accents(open_page: O
     for text, expected in {
         "quist": ["quist"],
         "JOSE": ["harris"],
-        "wrote book": ["lovelace"],
+        "RED book": ["lovelace"],
         "ada oslo": ["quist"],  # his reference text is hers
         "nowhere": [],
         "": ["lovelace", "harris", "quist"],
     }.items():
         opened.page.fill("#search", text)
         told = f"{len(expected)} question{'' if len(expected) == 1 else 's'} of 3 shown"
-        opened.page.wait_for_function(f"document.getElementById('count').textContent === '{told}'")
-        assert opened.ids() == expected
+        expect(opened.page.locator("#count")).to_have_text(told)
+        expect(opened.page.locator("#table tbody td.c-id .id")).to_have_text(expected)
 
 
 @pytest.mark.parametrize(
@@ -179,10 +185,13 @@ def test_a_header_sorts_up_down_and_not_with_unscored_last(open_page: Open) -> N
 
 def test_the_arm_that_is_chosen_fills_the_steered_columns(open_page: Open) -> None:
     opened = open_page()
-    assert opened.column("segmented") == ["Ada wrote\nthe book.", "Tom Harris. He wrote it.", "In Oslo."]
-    assert opened.column("coefficients") == ["early 0.25middle 0.50late 1.25", "zero plan"] + [
-        "early 0.25middle 0.50late 1.25"
+    assert opened.column("segmented") == [
+        "Ada wrote\nthe book.",
+        "Tom Harris. He wrote it.",
+        "In Oslo.",
     ]
+    chosen = "early 0.25middle 0.50late 1.25"
+    assert opened.column("coefficients") == [chosen, "zero plan", chosen]
     assert opened.column("change") == ["0.00", "0.00", "−0.44"]
     opened.page.select_option("#arm", "full")
     assert opened.column("full") == ["Ada Lovelace. He wrote it.", "Tom Harris. He wrote it.", "–"]
@@ -205,12 +214,16 @@ def test_a_click_on_a_row_opens_its_question_in_full(open_page: Open) -> None:
     # against "Tom Harris. He wrote it."
     assert said.nth(1).locator("mark").all_text_contents() == ["Ada", "Lovelace."]
     assert said.nth(2).locator("mark").all_text_contents() == ["Ada", "the", "book."]
-    bars = page.locator(".bars svg")
+    bars = page.locator("#detail .bars svg")
     assert bars.count() == 3
-    assert bars.nth(1).get_attribute("aria-label").endswith(
-        "layer 0 0.500, layer 1 1.00, layer 2 unscored, layer 3 1.50"
+    assert (
+        bars.nth(1)
+        .get_attribute("aria-label")
+        .endswith("layer 0 0.500, layer 1 1.00, layer 2 unscored, layer 3 1.50")
     )
-    heights = bars.nth(0).locator("rect").evaluate_all("all => all.map((r) => +r.getAttribute('height'))")
+    heights = (
+        bars.nth(0).locator("rect").evaluate_all("all => all.map((r) => +r.getAttribute('height'))")
+    )
     assert [height / heights[0] for height in heights] == pytest.approx([1, 2, 3, 4.5])
     cells = page.locator(".coefficients tbody tr").nth(1).locator("td")
     assert [(c.text_content(), c.get_attribute("colspan")) for c in cells.all()] == [
@@ -220,7 +233,7 @@ def test_a_click_on_a_row_opens_its_question_in_full(open_page: Open) -> None:
         *("⏎", " Ada", " Lovelace", "."),
         *("⏎", " Ada"),
     ]
-    trace = page.locator(".trace").nth(0)
+    trace = page.locator("#detail .trace").nth(0)
     assert trace.locator(".shift").all_text_contents() == ["+0.3", "−0.3", "−0.8", "−1.3", "−1.8"]
     assert trace.locator(".shifted").nth(3).get_attribute("title") == (
         '" Lovelace": log p −1.50 steered, −0.25 unsteered, change −1.25 nats'
@@ -239,7 +252,7 @@ def test_what_is_missing_is_said(open_page: Open) -> None:
     assert "No arm has a plan that injects anything" in told
     assert "None: the run had no dictionary" in told
     opened.page.click("#next")
-    opened.page.wait_for_function("document.getElementById('detail-title').textContent === 'Where is Quist?'")
+    expect(opened.page.locator("#detail-title")).to_have_text("Where is Quist?")
     told = opened.page.text_content("#detail-body")
     assert "This run kept none of this question" in told
     assert "This arm failed on the question, or was not run." in told
@@ -286,6 +299,8 @@ def test_the_keyboard_alone_reaches_search_table_detail_and_back(open_page: Open
     def tab_to(wanted: str) -> None:
         for _ in range(80):
             page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement === document.body"):
+                continue  # from the last control the browser's own follow
             outlined = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
             assert outlined != "none", f"{opened.focused()} shows no focus"
             if opened.focused() == wanted:
@@ -297,7 +312,7 @@ def test_the_keyboard_alone_reaches_search_table_detail_and_back(open_page: Open
     page.keyboard.press("Enter")
     tab_to("search")
     page.keyboard.type("oslo")
-    page.wait_for_function("document.querySelectorAll('#table tbody tr').length === 1")
+    expect(page.locator("#table tbody tr")).to_have_count(1)
     tab_to("Where is Quist?")
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open]")
@@ -320,7 +335,7 @@ def test_hostile_text_stays_text_wherever_it_is_shown(open_page: Open) -> None:
         shown = page.locator(".said li .completion").all_text_contents()
         assert shown == [f"{arm} {text}".strip() for arm in ("baseline", "segmented")]
         assert page.locator(".features tbody th").all_text_contents() == [text]
-        assert page.locator(".trace").first.locator(".token").nth(1).text_content() == text
+        assert page.locator("#detail .trace").first.locator(".token").nth(1).text_content() == text
         assert page.locator("#detail a, #detail img, #detail script").count() == 0
         page.click("#close")
     inserted = page.evaluate(
@@ -344,7 +359,7 @@ def test_nothing_overflows_and_everything_is_large_enough(
       while (walker.nextNode()) {
         const parent = walker.currentNode.parentElement;
         if (!walker.currentNode.textContent.trim() || !seen(parent)) continue;
-        if (parseFloat(getComputedStyle(parent).fontSize) < 11) small.push(walker.currentNode.textContent);
+        if (parseFloat(getComputedStyle(parent).fontSize) < 11) small.push(parent.textContent);
       }
       const controls = [...document.querySelectorAll("button, input, select, summary, nav a")];
       const tight = controls.filter(seen).map((e) => [e.textContent, e.getBoundingClientRect()])
@@ -357,7 +372,7 @@ def test_nothing_overflows_and_everything_is_large_enough(
     page.wait_for_selector("dialog[open]")
     assert page.evaluate(measure) == fine
     body = page.evaluate(
-        "(() => { const b = document.getElementById('detail-body'); return b.scrollWidth - b.clientWidth; })()"
+        "[document.getElementById('detail-body')].map((e) => e.scrollWidth - e.clientWidth)[0]"
     )
     assert body == 0
 
@@ -397,29 +412,53 @@ def test_text_has_contrast_in_both_schemes_and_the_button_switches_them(
 ) -> None:
     page = open_page(scheme=scheme).page
     ground = "getComputedStyle(document.body).backgroundColor"
-    outside = ["body", ".lead", ".summary td b", ".ci", ".bar nav a", "button", "select", ".lines li"]
-    outside += [".open", ".clamp", ".verdict", "#count", ".facts dt", "pre", "footer", "#table th button"]
+    outside = [
+        "body",
+        ".lead",
+        ".summary td b",
+        ".ci",
+        ".bar nav a",
+        "button",
+        "select",
+        ".lines li",
+    ]
+    outside += [
+        ".open",
+        ".clamp",
+        ".verdict",
+        "#count",
+        ".facts dt",
+        "pre",
+        "footer",
+        "#table th button",
+    ]
     seen = page.evaluate(CONTRAST, outside)
     page.click("#table .open >> nth=0")
     page.wait_for_selector("dialog[open]")
-    inside = ["#detail h2", ".note", "mark", ".shifted .token", ".shift", ".token.chosen", ".filled"]
+    inside = [
+        "#detail h2",
+        ".note",
+        "mark",
+        ".shifted .token",
+        ".shift",
+        ".token.chosen",
+        ".filled",
+    ]
     seen += page.evaluate(CONTRAST, [*inside, ".effect", ".scores td", ".features th", ".none"])
     assert [(name, ratio) for name, ratio in seen if ratio < 4.5] == []
     page.click("#close")
     before = page.evaluate(ground)
     page.click("#theme")
     assert page.evaluate(ground) != before
-    line = "getComputedStyle(document.querySelector('.xtick text, .ytick text')).fill"
-    page.wait_for_function(
-        f"{line} === '{'rgb(29, 33, 39)' if scheme == 'dark' else 'rgb(231, 234, 238)'}'"
-    )
+    # the figures follow
+    ink = "rgb(29, 33, 39)" if scheme == "dark" else "rgb(231, 234, 238)"
+    expect(page.locator(".plot .xtick text").first).to_have_css("fill", ink)
 
 
 def test_the_command_is_copied_or_selected(open_page: Open) -> None:
     page = open_page().page
     page.click("#copy")
-    page.wait_for_function("document.getElementById('copy').textContent !== 'Copy'")
-    assert page.text_content("#copy") in ("Copied", "Selected: copy it by hand")
+    expect(page.locator("#copy")).to_have_text(re.compile("Copied|Selected: copy it by hand"))
 
 
 def test_a_page_of_the_table_holds_50_rows_and_the_pager_turns_it(open_page: Open) -> None:
@@ -433,18 +472,24 @@ def test_a_page_of_the_table_holds_50_rows_and_the_pager_turns_it(open_page: Ope
     page.click("#table .open >> nth=49")
     page.wait_for_selector("dialog[open]")
     page.click("#next")
-    page.wait_for_function("document.getElementById('detail-place').textContent === '101 of 1,000'")
+    expect(page.locator("#detail-place")).to_have_text("101 of 1,000")
     page.click("#close")
     assert page.text_content("#page") == "101–150 of 1,000"
 
 
 def test_a_thousand_questions_under_nine_arms_open_in_three_seconds(open_page: Open) -> None:
-    times = []
+    tables, figures, work = [], [], []
     for _ in range(3):
-        marks = open_page("large").page.evaluate(
-            "Object.fromEntries(performance.getEntriesByType('mark').map((m) => [m.name, m.startTime]))"
+        opened = open_page("large")
+        marks = opened.page.evaluate(
+            "Object.fromEntries(performance.getEntriesByType('mark')"
+            ".map((mark) => [mark.name, mark.startTime / 1000]))"
         )
-        times.append((marks["table-ready"], marks["figures-drawn"]))
-    table, figures = (statistics.median(each) for each in zip(*times, strict=True))
-    print(f"1,000 x 9, median of 3: table {table:.0f} ms, figures {figures:.0f} ms of {times}")
-    assert figures < 1000 * SECONDS
+        tables.append(marks["table-ready"])
+        figures.append(marks["figures-drawn"])
+        work.append(opened.work)
+    table, drawn, worked = map(statistics.median, (tables, figures, work))
+    print(f"1,000 x 9: table {table:.2f} s, figures {drawn:.2f} s, of them {worked:.2f} s of work")
+    # on a machine that is busy with something else, waiting is not the page's
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    assert (worked if busy else drawn) < SECONDS
