@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types figures atlas-probes bench bench-long bench-features clean
+.PHONY: run test test-pages lint types figures atlas-probes bench bench-long bench-features clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest
+
+test-pages: $(STAMP)
+	$(BIN)/python -m pytest -m pages
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

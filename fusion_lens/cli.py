@@ -157,6 +157,7 @@ def run(
     from fusion_lens.progress import bars
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
+    from fusion_lens.report_page import html_report
     from fusion_lens.results import write_text
     from fusion_lens.selection import select_failed
     from fusion_lens.shelves import explainer, open_dictionaries
@@ -239,6 +240,7 @@ def run(
         )
     _print_tables(results.summary)
     write_text(out / "report.md", markdown_report(results.summary))
+    write_text(out / "report.html", html_report(results))
     missing = write_figures(run_figures(results), out / "figures")
     if missing is not None:
         print(missing)
@@ -254,14 +256,16 @@ def run(
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
 ) -> int:
-    """Print the tables of a run and write its report.md."""
+    """Print the tables of a run and write its report.md and report.html."""
     from fusion_lens.report import markdown_report
+    from fusion_lens.report_page import html_report
     from fusion_lens.results import load_results, write_text
 
-    summary = load_results(folder).summary
-    _print_tables(summary)
-    write_text(folder / "report.md", markdown_report(summary))
-    print(f"written to {folder / 'report.md'}")
+    results = load_results(folder)
+    _print_tables(results.summary)
+    write_text(folder / "report.md", markdown_report(results.summary))
+    write_text(folder / "report.html", html_report(results))
+    print(f"written to {folder / 'report.md'} and {folder / 'report.html'}")
     return 0
 
 

@@ -66,16 +66,23 @@ def sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:
     return made
 
 
-def markdown_report(summary: Mapping[str, Any]) -> str:
-    """Everything the summary says, as Markdown."""
-    shown = sections(summary)
+def further_sections(summary: Mapping[str, Any], between: str = " ") -> list[Section]:
+    """What only the written reports show: other differences, and scores by topic and answer
+    type."""
+    made = []
     if summary["comparisons"]:
-        shown.append(_differences(summary, _FURTHER, " "))
+        made.append(_differences(summary, _FURTHER, between))
     for field, name in _GROUP_NAMES.items():
         for group, arms in summary["groups"].get(field, {}).items():
             columns = {key: value for key, value in _SCORES.items() if key != "perplexity"}
             content = {arm: {"n": _n(metrics), "metrics": metrics} for arm, metrics in arms.items()}
-            shown.append(Section(f"{name}: {group}", *_by_arm(content, columns, " ")))
+            made.append(Section(f"{name}: {group}", *_by_arm(content, columns, between)))
+    return made
+
+
+def markdown_report(summary: Mapping[str, Any]) -> str:
+    """Everything the summary says, as Markdown."""
+    shown = [*sections(summary), *further_sections(summary)]
     parts = [f"**{section.title}**\n\n{section.to_markdown()}" for section in shown]
     lines = list(closing_lines(summary))
     lines += [f"failed: {line}" for line in failure_lines(summary)]

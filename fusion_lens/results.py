@@ -268,26 +268,20 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    path = folder / "summary.json"
-    part = path.with_name("summary.json.part")
-    try:
-        part.write_text(
-            json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "summary.json", text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside the records.
+    """Write a text file, whole or not at all.
 
     Raises:
         OutputError: if it cannot be written.
     """
+    part = path.with_name(path.name + ".part")
     try:
-        path.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except OSError as error:
         raise OutputError(path, error.strerror or str(error)) from error
 

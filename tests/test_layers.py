@@ -39,9 +39,9 @@ LAYERS = (
     {"lenders", "summary", "attribution", "logit_lens", "panel"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
-    {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
+    {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots", "report_data"},
     {"plots"},
-    {"protocols", "feature_report", "shelves"},
+    {"protocols", "feature_report", "shelves", "report_page"},
     {"cli_options"},
     {"cli"},
 )
@@ -74,8 +74,10 @@ DOORS = {
     "scipy": {"statistics", "controls"},
     "pandas": {"results"},
     "plotly": {
-        *{"pictures", "plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"}
+        *{"pictures", "plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
+        "report_page",
     },
+    "jinja2": {"report_page"},
     "rich": {"tables", "results", "cli"},
     "tqdm": {"progress"},
     "ipywidgets": {"panel"},
