@@ -111,13 +111,14 @@ def in_a_process(arguments: list[str]) -> str:
 
 def in_this_process(arguments: list[str]) -> str:
     """Run a command here: seconds sooner, since the models' packages are there."""
-    out, err = StringIO(), StringIO()
+    out, err, code = StringIO(), StringIO(), 0
     with patch.object(sys, "argv", ["fusion-lens", *arguments]):
         try:
             with redirect_stdout(out), redirect_stderr(err):
                 cli.main()
         except SystemExit as stopped:
-            assert not stopped.code, (arguments, err.getvalue())
+            code = stopped.code
+    assert not code, (arguments, err.getvalue())
     return out.getvalue()
 
 

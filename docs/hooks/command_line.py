@@ -40,15 +40,14 @@ def _section(name: str, command: Any, callback: Callable[..., Any]) -> str:
     for parameter in command.params:
         argument = parameter.param_type_name == "argument"
         shown = parameter.name.upper() if argument else _spelt(parameter)
-        row = f"| `{shown}` | {kinds[parameter.name]} | {_told(parameter)} |"
+        row = f"| `{shown}` {kinds[parameter.name]} | {_told(parameter)} |"
         (arguments if argument else options).append(row)
     usage = ["fusion-lens", name, *(row.split("`")[1] for row in arguments)]
     parts = [f"## {name}", " ".join(command.help.split())]
     parts.append(f"```console\n{' '.join(usage + ['[OPTIONS]'] * bool(options))}\n```")
     for kind, rows in (("argument", arguments), ("option", options)):
         if rows:
-            head = [f"| {kind} | takes | default | what |", "| --- | --- | --- | --- |"]
-            parts.append("\n".join([*head, *rows]))
+            parts.append("\n".join([f"| {kind} | |", "| --- | --- |", *rows]))
     return "\n\n".join(parts)
 
 
@@ -68,18 +67,18 @@ def _spelt(parameter: Any) -> str:
 
 
 def _told(parameter: Any) -> str:
-    """The default and what the help says without it, as two cells."""
+    """What the help says, and the default."""
     text, default = parameter.help or "", ""
     told = _TOLD.search(text)
     if told:
         text, default = text[: told.start()], _cell(told[1])
     elif parameter.required:
-        default = "required"
+        text = f"{text} Required."
     elif parameter.default is False and parameter.secondary_opts:
         default = f"`{parameter.secondary_opts[0]}`"
     elif parameter.default is not None and parameter.default is not False:
         default = f"`{parameter.default}`"
-    return f"{default} | {_cell(text)}"
+    return f"{_cell(text)} *Default:* {default}." if default else _cell(text)
 
 
 def _cell(text: str) -> str:

@@ -18,11 +18,11 @@ from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ("figures/*.png", "benchmarks/*.png")
-PAGES = {"CHANGELOG.md": "changelog.md", "benchmarks/README.md": "benchmarks/index.md"}
+PAGES = {"CHANGELOG.md": "changelog.md", "benchmarks/README.md": "how_fast.md"}
 """Files of the repository that are pages of the site, and where."""
 
 _SOURCES = {page: source for source, page in PAGES.items()}
-_LINK = re.compile(r"\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\]\((?!\w+:|/)([^)\s#]+\.\w+)(#[^)\s]*)?\)")
 _TAG = re.compile(r"(<[^>]*>)")
 _MENTION = re.compile(r"\bdocs/(\w+\.md)\b")
 
