@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs-installed
 
-.PHONY: run test test-pages lint types figures atlas-probes bench bench-long bench-features clean
+.PHONY: run test test-pages docs lint types figures atlas-probes bench bench-long bench-features clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
@@ -12,8 +13,11 @@ run: $(STAMP)
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest
 
-test-pages: $(STAMP)
+test-pages: $(STAMP) $(DOCS)
 	$(BIN)/python -m pytest -m pages
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -46,5 +50,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

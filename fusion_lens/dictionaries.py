@@ -106,7 +106,8 @@ class Dictionary(Protocol):
     """
 
     @property
-    def card(self) -> Card: ...
+    def card(self) -> Card:
+        """What the dictionary says about itself."""
 
     @property
     def decoder(self) -> Float[Tensor, "layer d_sae d_model"]:

@@ -59,7 +59,8 @@ class Judge(Protocol):
     name: str
     grade: bool
 
-    def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]: ...
+    def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
+        """One verdict per item, in their order."""
 
 
 @final

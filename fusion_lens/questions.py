@@ -86,7 +86,7 @@ def load_questions(path: str | Path) -> list[Question]:
 
     Raises:
         InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names
-        the line.
+            the line.
     """
     path = Path(path)
     readers = {".jsonl": _jsonl_records, ".csv": _csv_records, ".tsv": _csv_records}

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from documents import in_a_process, run_blocks
 
 from fusion_lens.atlas import CHECKPOINT
 from fusion_lens.atlas.probes import hash_weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", README, re.DOTALL)
 
 
-def test_every_code_block_runs_in_order(tmp_path, monkeypatch, capsys) -> None:
+def test_every_code_block_runs_in_order(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    assert [kind for kind, _ in BLOCKS].count("python") >= 4
-    for kind, code in BLOCKS:
-        if kind == "python":
-            exec(compile(code, "README.md", "exec"), names)
-        else:
-            for line in code.splitlines():
-                command = shlex.split(line)
-                assert command[0] == "fusion-lens"
-                done = subprocess.run(
-                    [sys.executable, "-m", "fusion_lens.cli", *command[1:]],
-                    capture_output=True,
-                    text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                    check=False,
-                )
-                assert done.returncode == 0, (line, done.stderr)
-    printed = capsys.readouterr().out
+    ran = list(run_blocks(README, "README.md", in_a_process))
+    assert [block.kind for block, _ in ran].count("python") >= 4
+    printed = "".join(text for block, text in ran if block.kind == "python")
     assert "says now:" in printed
     assert "question_id" in printed
 

@@ -14,13 +14,13 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.offline
 import pytest
-from runs import ARMS, HOSTILE, hostile_run, large_run, run_summary, small_run
 
 from fusion_lens.pictures import Figure
 from fusion_lens.report import closing_lines, sections
 from fusion_lens.report_data import details_table, packed, records_table
 from fusion_lens.report_page import _figure, html_report, main_arm, page_script
 from fusion_lens.results import Results, Summary
+from runs import ARMS, HOSTILE, hostile_run, large_run, run_summary, small_run
 
 PAGE = Path(__file__).parents[1] / "fusion_lens" / "page"
 

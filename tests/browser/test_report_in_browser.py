@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from runs import HOSTILE, hostile_run, large_run, small_run
 
 from fusion_lens.report_page import html_report
+from runs import HOSTILE, hostile_run, large_run, small_run
 
 pytestmark = pytest.mark.pages
 
