@@ -75,11 +75,6 @@ def plot_delta_norms(questions: Questions) -> Figure:
     if n == 1:
         told = f"question {plain(next(iter(norms)))}"
     styled(figure, "Delta norm per layer", told=told, panels=True)
-    styled(
-        figure,
-        "Delta norm per layer",
-        told=told if n > 1 else f"question {plain(next(iter(norms)))}",
-    )
     figure.update_xaxes(title="layer (after the block)", dtick=max(1, n_layers // 8))
     figure.update_yaxes(rangemode="tozero")
     rows = tuple(

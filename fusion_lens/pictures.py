@@ -166,6 +166,9 @@ def write_figures(
         plotly.io.write_images(
             fig=[figure.figure for figure in figures],
             file=[folder / f"{figure.name}.png" for figure in figures],
+            # plotly's own default is not the layout's size
+            width=WIDTH,
+            height=[figure.figure.layout.height for figure in figures],
             scale=2,
         )
     except Exception as error:  # a browser that does not start has many names

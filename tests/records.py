@@ -8,7 +8,7 @@ from typing import Any
 from fusion_lens.details import Detail, FeatureShare, Marked, Trace
 from fusion_lens.results import Result, Results, Summary
 from fusion_lens.scores import label_figures
-from fusion_lens.statistics import Interval
+from fusion_lens.statistics import Comparison, Interval
 
 LOVELACE = Result(
     question_id="lovelace",
@@ -83,6 +83,13 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
         "kl_unrelated": interval(0.0625, 0.03125, 0.125),
     }
     return {"n": 12, "unscored": 0, "labels": LABELS, "clusters": 6, "metrics": shown | metrics}
+
+
+def comparison(b: str, metric: str, diff: float | None, **more: object) -> dict[str, Any]:
+    """The method's arm minus `b`, as in a summary."""
+    ends = (None, None) if diff is None else (diff - 0.25, diff + 0.125)
+    made = Comparison("segmented", b, metric, 12, 0, 6, diff, *ends, p=0.01, p_holm=0.02)
+    return asdict(replace(made, **more))
 
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:

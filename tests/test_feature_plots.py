@@ -46,9 +46,11 @@ def test_bars_are_the_top_features_by_sign_and_the_error_below_them(saes: Attrib
     for name, each in zip(bars.y, top, strict=False):
         label = " river" if each.dictionary == "sae 1" else ""
         assert name == f"L{each.layer} #{each.feature}{label}"
-    title = figure.figure.layout.title.text
-    assert f"relative error {saes.relative_error:.2f}" in title
-    assert "layers without a dictionary: 2" in title
+    assert figure.title == "Features of the injected change, effect in residual units"
+    assert figure.figure.layout.title.subtitle.text == (
+        f"relative error {saes.relative_error:.2f}, cosine {saes.cosine:.2f}; means over "
+        f"{sum(saes.counted)} tokens; layers without a dictionary: 2"
+    )
     assert [row[2] for row in figure.rows] == [each.feature for each in top]
 
 
@@ -117,5 +119,7 @@ def test_the_curve_has_a_point_per_k_with_its_interval_and_lines_for_the_parts()
     assert list(by_chance.y) == pytest.approx([1.0, 2.0])
     assert [list(line.y) for line in (full, without, error)] == [[9.0] * 2, [8.0] * 2, [0.0] * 2]
     assert all(reach > 0 for reach in (*top.error_y.array, *top.error_y.arrayminus))
-    assert "after the question, n = 3" in figure.figure.layout.title.text
+    assert figure.title == "Log-probability of the gold answer after the question"
+    subtitle = figure.figure.layout.title.subtitle.text
+    assert subtitle == "n = 3 questions, 95 % cluster bootstrap"
     assert figure.rows[0][:3] == ("top", 1, pytest.approx(3.0))

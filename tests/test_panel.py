@@ -23,17 +23,19 @@ from fusion_lens.questions import Question, load_questions
 from fusion_lens.search import SearchConfig
 from fusion_lens.tuning import Job, TunedPlan, make_segments, tune
 
-ROWS = ["completion", "overlap", "perplexity", "exact match", "objective", "injected norm"]
+ROWS = ["text", "exact match", "overlap", "perplexity", "objective", "injected norm"]
 
 
 class Table(HTMLParser):
-    """The cells of a panel's table by row, what is marked in them, and all tags there are."""
+    """The cells of a panel's table by row, what is marked in them, its caption, the notes below it,
+    and all tags there are."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
         self.cells: list[list[str]] = []
         self.marked: list[str] = []
         self.caption = ""
+        self.notes: list[str] = []
         self.tags: list[str] = []
         self._open: list[str] = []
         self.feed(html)
@@ -51,6 +53,8 @@ class Table(HTMLParser):
             self.cells[-1].append("")
         if tag == "mark":
             self.marked.append("")
+        if tag == "p":
+            self.notes.append("")
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
@@ -58,6 +62,8 @@ class Table(HTMLParser):
     def handle_data(self, data: str) -> None:
         if "caption" in self._open:
             self.caption += data
+        elif "p" in self._open:
+            self.notes[-1] += data
         elif self._open:
             self.cells[-1][-1] += data
         if "mark" in self._open:
@@ -117,8 +123,8 @@ def test_the_sliders_begin_at_the_chosen_coefficients_and_write_what_the_search_
     seed = tuned.job.prepared.row(tuned.config).seed
     prompt = tuned.job.prepared.prompt
     (plain,) = generate(tiny, [Row(prompt, None, seed)], tuned.config.generation)
-    said, says = Table(panel.output.value)["completion"]
-    assert (said, says) == (plain.text, tuned.best.completion.text)
+    said, says = Table(panel.output.value)["text"]
+    assert (said, says) == (plain.text.strip(), tuned.best.completion.text.strip())
     assert len(generated) == 2
     panel.buttons["Zero"].click()
     assert panel.coeffs == {"early": 0.0, "middle": 0.0, "late": 0.0}
@@ -150,13 +156,14 @@ def test_the_table_holds_the_scores_of_both_texts(panel: SteeringPanel, tuned: T
         assert table["objective"][column] == f"{graded.objective:+.3f}"
     assert table["injected norm"] == ["0.00", f"{tuned.plan.injected_norm:.2f}"]
     question = tuned.job.prepared.question
-    assert table.caption.startswith(f"{question.question} (gold: {question.answer})")
+    assert table.caption == question.question
+    assert table.notes == [f"gold: {question.answer}"]
 
 
 def test_the_words_that_differ_are_marked_in_both_texts(
     panel: SteeringPanel, tuned: TunedPlan
 ) -> None:
-    said, says = tuned.unsteered.completion.text, tuned.best.completion.text
+    said, says = (each.completion.text.strip() for each in (tuned.unsteered, tuned.best))
     pieces = marked_words(says, said) + marked_words(said, says)
     assert Table(panel.output.value).marked == [piece for piece, marked in pieces if marked] != []
 
@@ -172,7 +179,8 @@ def test_a_moved_slider_shows_what_the_engine_writes_there(
     (alone,) = generate(atlas, [row], tuned.config.generation)
     table = Table(panel.output.value)
     assert panel.output.value != before
-    assert table["completion"][1] == alone.text == panel.graded.completion.text
+    assert table["text"][1] == alone.text.strip()
+    assert panel.graded.completion.text == alone.text
     assert table["objective"][1] == f"{panel.graded.objective:+.3f}"
     assert table["injected norm"][1] == f"{panel.plan.injected_norm:.2f}"
 
@@ -184,7 +192,7 @@ def test_the_buttons_set_all_sliders_at_once_and_nothing_is_run_twice(
     panel.buttons["Zero"].click()
     assert panel.coeffs == {"early": 0.0, "middle": 0.0, "late": 0.0}
     table = Table(panel.output.value)
-    assert table["completion"] == [tuned.unsteered.completion.text] * 2
+    assert table["text"] == [tuned.unsteered.completion.text.strip()] * 2
     assert table.marked == []
     assert table["injected norm"] == ["0.00", "0.00"]
     panel.buttons["Reset to tuned"].click()
@@ -249,7 +257,7 @@ def test_another_perplexity_model_than_the_search_had_is_told(
     assert steering_panel(tiny, tuned, fluency=fluency).message.value == ""
     panel = steering_panel(tiny, tuned)
     assert f"saw an objective of {tuned.best.objective:+.3f} at these" in panel.message.value
-    assert Table(panel.output.value)["completion"][1] == tuned.best.completion.text
+    assert Table(panel.output.value)["text"][1] == tuned.best.completion.text.strip()
 
 
 def test_a_prepared_question_without_a_search_begins_at_zero(tiny: HookedModel) -> None:
@@ -270,8 +278,9 @@ def test_a_hostile_question_becomes_no_markup(tiny: HookedModel) -> None:
     panel = steering_panel(tiny, Job(prepared, make_segments("layers", 4), "x"), config=QUICK)
     assert panel.sliders["segment_3"].description == "segment_3, layer 3"
     table = Table(panel.output.value)
-    assert set(table.tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "mark"}
-    assert table.caption.startswith(f"{asked.question} (gold: {asked.answer});")
+    known = {"table", "caption", "thead", "tbody", "tr", "th", "td", "mark", "p"}
+    assert set(table.tags) <= known
+    assert (table.caption, table.notes) == (asked.question, [f"gold: {asked.answer}"])
 
 
 def test_a_notebook_shows_the_panel_as_the_widget_it_is(panel: SteeringPanel) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from fusion_lens.errors import OutputError
 from fusion_lens.pictures import write_figures
 from fusion_lens.plots import plot_scores, run_figures
 
+NAMES = ("scores", "reach", "coeffs", "delta_norms", "norm_map", "generic_share")
+
 
 @pytest.fixture
 def no_chromium(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,13 +24,7 @@ def no_chromium(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pages_share_one_plotly_and_open_offline(tmp_path: Path) -> None:
     write_figures(run_figures(make_results()), tmp_path / "a" / "figures")
     names = sorted(path.name for path in (tmp_path / "a" / "figures").iterdir())
-    assert names == [
-        "coeffs.html",
-        "delta_norms.html",
-        "plotly.min.js",
-        "reach.html",
-        "scores.html",
-    ]
+    assert names == sorted([*(f"{name}.html" for name in NAMES), "plotly.min.js"])
     page = (tmp_path / "a" / "figures" / "scores.html").read_text(encoding="utf-8")
     assert 'src="plotly.min.js"' in page
     assert "cdn.plot.ly" not in page
@@ -39,14 +35,14 @@ def test_pages_share_one_plotly_and_open_offline(tmp_path: Path) -> None:
 def test_the_rows_shown_lie_beside_each_picture_on_request(tmp_path: Path) -> None:
     figures = run_figures(make_results())
     write_figures(figures, tmp_path, html=False, data=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("coeffs.csv", "delta_norms.csv", "reach.csv", "scores.csv")
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{name}.json" for name in NAMES
+    )
     for figure in figures:
-        with (tmp_path / f"{figure.name}.csv").open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        assert tuple(header) == figure.columns
-        assert rows == [[str(cell) for cell in row] for row in figure.rows]
+        content = json.loads((tmp_path / f"{figure.name}.json").read_text(encoding="utf-8"))
+        assert content["title"] == figure.title
+        assert tuple(content["columns"]) == figure.columns
+        assert tuple(map(tuple, content["rows"])) == figure.rows
 
 
 @pytest.mark.usefixtures("no_chromium")
@@ -75,8 +71,9 @@ def test_pictures_are_written_where_a_chromium_is_found(tmp_path: Path) -> None:
     assert write_figures([figure], tmp_path, html=False) is None
     head = (tmp_path / "scores.png").read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    # 900 x 480 at scale 2
-    assert [int.from_bytes(head[i : i + 4]) for i in (16, 20)] == [1800, 960]
+    assert figure.figure.layout.height == 180 + 34  # one arm
+    # 800 px wide, at scale 2
+    assert [int.from_bytes(head[i : i + 4]) for i in (16, 20)] == [1600, 2 * (180 + 34)]
 
 
 def test_a_browser_that_does_not_start_is_a_reason_not_an_error(

@@ -3,13 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from records import LOVELACE, arm, interval, make_results, summary, tuned
+from records import LOVELACE, arm, comparison, interval, make_results, summary, tuned
 
 from fusion_lens.pictures import Figure
 from fusion_lens.plots import (
     ARM_COLOURS,
     plot_coeffs,
-    plot_delta_norms,
     plot_reach,
     plot_scores,
     run_figures,
@@ -21,25 +20,9 @@ def traces(figure: Figure, kind: str) -> list:
     return [trace for trace in figure.figure.data if trace.type == kind]
 
 
-def test_delta_norms_are_a_line_per_question_and_a_box_per_layer() -> None:
-    figure = plot_delta_norms({"lovelace": [1.0, 2.0], "harris": [3.0, 5.0]})
-    lines, boxes = traces(figure, "scatter"), traces(figure, "box")
-    assert {line.name: (list(line.x), list(line.y)) for line in lines} == {
-        "lovelace": ([0, 1], [1.0, 2.0]),
-        "harris": ([0, 1], [3.0, 5.0]),
-    }
-    assert [(list(box.x), list(box.y)) for box in boxes] == [
-        ([0, 0], [1.0, 3.0]),
-        ([1, 1], [2.0, 5.0]),
-    ]
-    assert figure.figure.layout.title.text == "Delta norm per layer, 2 questions"
-    assert figure.columns == ("question_id", "layer", "norm")
-    assert figure.rows == (
-        ("lovelace", 0, 1.0),
-        ("lovelace", 1, 2.0),
-        ("harris", 0, 3.0),
-        ("harris", 1, 5.0),
-    )
+def told(figure: Figure) -> str:
+    """What stands below the title."""
+    return figure.figure.layout.title.subtitle.text
 
 
 def points(figure: Figure) -> dict[tuple[str, str], tuple[float, float, float]]:
@@ -106,9 +89,8 @@ def test_score_rows_are_the_figures_of_the_summary() -> None:
         ("full", "objective", 0.3125, -0.0625, 0.5, 12),
         ("full", "perplexity", 12.3, 4.5, 67.8, 12),
     )
-    assert figure.figure.layout.title.text == (
-        "Scores per arm, n = 12 questions, 95 % cluster bootstrap"
-    )
+    assert figure.title == "Scores per arm"
+    assert told(figure) == "n = 12 questions, mean and 95 % cluster bootstrap"
 
 
 def test_boxes_hold_the_chosen_coefficient_of_every_question() -> None:
@@ -123,10 +105,19 @@ def test_boxes_hold_the_chosen_coefficient_of_every_question() -> None:
         ({"segmented: late"}, [0.5, 0.0]),
         ({"full"}, [0.5]),
     ]
-    assert [box.name for box in boxes if box.showlegend] == [
-        "segmented<br>zero plan won 50%, tied 0%",
-        "full<br>zero plan won 0%, tied 100%",
+    assert [box.boxpoints for box in boxes] == ["all"] * 3
+    # beside the first row of each arm
+    assert [(note.y, note.text) for note in figure.figure.layout.annotations] == [
+        ("segmented: early", "zero 50%, tied 0%"),
+        ("full", "zero 0%, tied 100%"),
     ]
+    axis = figure.figure.layout.yaxis
+    assert list(axis.tickvals) == ["segmented: early", "segmented: late", "full"]
+    assert axis.categoryarray == axis.tickvals[::-1]  # plotly begins at the bottom
+    assert told(figure) == (
+        "n = 2 questions; box: quartiles and median; right: how often the zero plan won, trials "
+        "tied"
+    )
     assert figure.columns == ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
     assert figure.rows == (
         ("lovelace", "segmented", "early", 1.5, False, False),
@@ -138,14 +129,17 @@ def test_boxes_hold_the_chosen_coefficient_of_every_question() -> None:
 
 
 def test_a_run_has_the_figures_it_has_data_for() -> None:
-    assert [f.name for f in run_figures(make_results())] == [
-        "delta_norms",
-        "scores",
-        "reach",
-        "coeffs",
-    ]
+    results = make_results()
+    deltas = ["delta_norms", "norm_map", "generic_share"]
+    names = ["scores", "reach", "coeffs", *deltas]
+    assert [f.name for f in run_figures(results)] == names
+    compared = Summary(results.summary | {"comparisons": [comparison("full", "objective", 0.5)]})
+    names.insert(1, "differences")
+    assert [f.name for f in run_figures(replace(results, summary=compared))] == names
+    alone = tuple(replace(each, generic_share=None) for each in results.details)
+    assert "generic_share" not in [f.name for f in run_figures(replace(results, details=alone))]
     nothing = dict.fromkeys(
         ("transfer_exact_match", "neighbours_kept", "kl_unrelated"), interval(None, None, None, 12)
     )
-    untuned = Results((LOVELACE,), Summary(summary(baseline=arm(**nothing)) | {"delta_norms": {}}))
+    untuned = Results((LOVELACE,), Summary(summary(baseline=arm(**nothing))))
     assert [figure.name for figure in run_figures(untuned)] == ["scores"]
