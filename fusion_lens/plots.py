@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -66,7 +67,7 @@ def plot_delta_norms(norms: Mapping[str, Sequence[float]]) -> Figure:
             y=list(values),
             mode="lines",
             line={"color": "rgba(0,114,178,0.15)", "width": 1},
-            name=question_id,
+            name=escape(question_id, quote=False),  # plotly reads markup in names
             showlegend=False,
         )
     for layer in layers:
