@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -29,9 +30,11 @@ HOSTILE = (
     "constructor",
     "__proto__",
 )
-WORDS = """the record of a town hall says that it was built in by and for harbour winter carpenter
-parish letter stone bridge pupil voyage museum 1876 1902 14 March Aldsen Helsant Quist Varga Oslo
-""".split()
+WORDS = re.findall(
+    r"\w+",
+    "the record of a town hall says that it was built in by and for harbour winter carpenter parish"
+    " letter stone bridge pupil voyage museum 1876 1902 14 March Aldsen Helsant Quist Varga Oslo",
+)
 
 
 def provenance(**more: Any) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def large_run(n: int = 1000, n_layers: int = 26, n_tokens: int = 48) -> Results:
     draw = random.Random(0)
 
     def words(k: int) -> tuple[str, ...]:
-        return tuple(f" {draw.choice(WORDS)}{draw.choice('abcdefgh')}" for _ in range(k))
+        return tuple(f" {draw.choice(WORDS)}{draw.randrange(100)}" for _ in range(k))
 
     def number() -> float:
         return float(f"{draw.lognormvariate(0, 1):.5g}")

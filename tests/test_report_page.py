@@ -196,6 +196,16 @@ def test_hostile_text_is_in_the_page_as_text_only(hostile: str) -> None:
     assert table["questions"]["answer"] == list(HOSTILE)
 
 
+def test_figures_hold_no_markup_of_the_data(hostile: str) -> None:
+    names = {
+        name
+        for figure in contents(hostile, "figures")
+        for trace in figure["spec"]["data"]
+        for name in trace.get("text") or ()
+    }
+    assert names == {html.escape(text, quote=False) for text in HOSTILE}
+
+
 def test_every_file_of_the_page_is_used_and_ships() -> None:
     settings = tomllib.loads((PAGE.parents[1] / "pyproject.toml").read_text("utf-8"))
     assert "page/*" in settings["tool"]["setuptools"]["package-data"]["fusion_lens"]

@@ -177,7 +177,7 @@ function coefficientCells(run, record, nLayers, most) {
       el(
         "td",
         { colspan: layers[1] - layers[0], class: "filled", style: { "--share": `${Math.round((100 * value) / most)}%` }, title: `${name}: layers ${layers[0]} to ${layers[1] - 1}` },
-        layers[1] - layers[0] > 1 ? `${name} ` : "",
+        name.startsWith("segment_") ? "" : `${name} `,
         fixed(2)(value),
       ),
     );

@@ -227,7 +227,7 @@ def test_a_click_on_a_row_opens_its_question_in_full(open_page: Open) -> None:
     assert [height / heights[0] for height in heights] == pytest.approx([1, 2, 3, 4.5])
     cells = page.locator(".coefficients tbody tr").nth(1).locator("td")
     assert [(c.text_content(), c.get_attribute("colspan")) for c in cells.all()] == [
-        *(("early 0.25", "2"), ("0.50", "1"), ("1.25", "1"))
+        *(("early 0.25", "2"), ("middle 0.50", "1"), ("late 1.25", "1"))
     ]
     assert page.locator(".token.chosen").all_text_contents() == [
         *("⏎", " Ada", " Lovelace", "."),
