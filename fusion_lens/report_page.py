@@ -13,7 +13,6 @@ import base64
 import hashlib
 import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ _TILES = {
     "perplexity": ("perplexity", "{:.1f}", "{:+.1f}"),
 }
 # plotly keeps room for a title, which the page writes above the figure
-_TITLE_ROOM = 40
-_MOST_POINTS = 300
+_TITLE_ROOM = 70
 
 
 def html_report(results: Results) -> str:
@@ -144,52 +142,16 @@ def _against_baseline(
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
-    """What the page draws; the title becomes a heading above the figure."""
+    """What the page draws; title and subtitle become a heading and a line above the figure."""
     spec = json.loads(figure.figure.to_json())
     layout = spec["layout"]
-    title = layout.pop("title", {}).get("text") or figure.name.replace("_", " ")
-    margin = layout.setdefault("margin", {})
-    margin["t"] = max(30, margin.get("t", 100) - _TITLE_ROOM)
-    for size in ("width", "height"):
-        layout.pop(size, None)
-    title = html.unescape(re.sub(r"<[^>]*>", " ", title))
-    spec["data"] = _lighter(spec["data"])
-    return {"name": figure.name, "title": title, "height": figure.height, "spec": spec}
-
-
-def _lighter(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same picture in less than a second: many faint lines become one trace with gaps, and a
-    box of hundreds of points shows its outliers only."""
-    lines = [trace for trace in traces if _is_faint_line(trace)]
-    others = [dict(trace) for trace in traces if not _is_faint_line(trace)]
-    for trace in others:
-        values = trace.get("x" if trace.get("orientation") == "h" else "y", ())
-        if trace["type"] == "box" and _length(values) > _MOST_POINTS and trace.get("boxpoints"):
-            trace["boxpoints"] = "outliers"
-    joined: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        style = json.dumps([line["line"], *(line.get(key) for key in ("xaxis", "yaxis"))])
-        into = joined.setdefault(style, dict(line) | {"x": [], "y": [], "text": [], "name": ""})
-        into |= {"hoverinfo": "x+y+text", "connectgaps": False}
-        into["x"] += [*line["x"], None]
-        into["y"] += [*line["y"], None]
-        into["text"] += [line.get("name", "")] * (len(line["x"]) + 1)
-    return [*joined.values(), *others]
-
-
-def _is_faint_line(trace: Mapping[str, Any]) -> bool:
-    """A line without a legend and of plain numbers."""
-    plain = all(isinstance(trace.get(axis), list) for axis in ("x", "y"))
-    return (
-        plain
-        and (trace["type"], trace.get("mode")) == ("scatter", "lines")
-        and trace.get("showlegend") is False
-        and not {"text", "hovertemplate", "customdata", "fill"} & trace.keys()
-    )
-
-
-def _length(values: Any) -> int:
-    """Of a list, or of plotly's packed numbers."""
-    if isinstance(values, Mapping):
-        return len(base64.b64decode(values["bdata"])) // int(values["dtype"][1:])
-    return len(values)
+    title = layout.pop("title")
+    layout["margin"]["t"] = max(30, layout["margin"]["t"] - _TITLE_ROOM)
+    del layout["width"]
+    return {
+        "name": figure.name,
+        "title": html.unescape(title["text"]),
+        "told": html.unescape(title.get("subtitle", {}).get("text", "")),
+        "height": layout.pop("height") - _TITLE_ROOM,
+        "spec": spec,
+    }

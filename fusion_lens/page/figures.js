@@ -1,8 +1,5 @@
 // Figures, drawn by plotly after the table is up, and redrawn in the colours of the theme.
 
-// Black and dark grey are not seen on a dark ground.
-const ON_DARK = { "#000000": "#f2f4f7", "#555555": "#a9b2bd" };
-
 async function loadPlotly() {
   const script = document.createElement("script");
   script.textContent = await unpack("plotly");
@@ -26,15 +23,10 @@ function themed(layout) {
   return made;
 }
 
-function themedTrace(trace) {
-  const swapped = ON_DARK[trace.marker?.color];
-  return isDark() && swapped ? { ...trace, marker: { ...trace.marker, color: swapped } } : trace;
-}
-
 const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
 
 function drawFigure(place, spec) {
-  return Plotly.react(place, spec.data.map(themedTrace), themed(spec.layout), CONFIG);
+  return Plotly.react(place, spec.data, themed(spec.layout), CONFIG);
 }
 
 async function drawFigures() {
