@@ -18,18 +18,27 @@ from pathlib import Path
 from fusion_lens import load_model, load_plan, load_questions, load_results, tune
 from fusion_lens.atlas import QUESTIONS
 from fusion_lens.attribution import attribute
-from fusion_lens.delta_plots import plot_layer_cosines, plot_question_cosines
-from fusion_lens.feature_plots import plot_layer_features, plot_token_features, plot_top_features
 from fusion_lens.logit_lens import logit_lens
 from fusion_lens.pictures import Figure, write_figures
-from fusion_lens.plots import run_figures
+from fusion_lens.plots import (
+    plot_front,
+    plot_importance,
+    plot_layer_cosines,
+    plot_layer_features,
+    plot_logit_lens,
+    plot_question_cosines,
+    plot_search,
+    plot_token_features,
+    plot_token_shifts,
+    plot_tokens,
+    plot_top_features,
+    run_figures,
+)
 from fusion_lens.preparation import prepare
 from fusion_lens.report import lender_lines, sections, tuned_lines
 from fusion_lens.results import Result, Results, plan_path
 from fusion_lens.shelves import labels_of, open_dictionaries
 from fusion_lens.teacher_forcing import Text, gold_text
-from fusion_lens.token_plots import plot_logit_lens, plot_token_shifts, plot_tokens
-from fusion_lens.tuning_plots import plot_front, plot_importance, plot_search
 
 FIGURES = Path(__file__).parent
 README = FIGURES.parent / "README.md"

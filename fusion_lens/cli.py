@@ -153,12 +153,12 @@ def run(
     from fusion_lens.atlas import UNRELATED
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.pictures import write_figures
-    from fusion_lens.plots import run_figures
     from fusion_lens.progress import bars
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.report_page import html_report
     from fusion_lens.results import write_text
+    from fusion_lens.run_plots import run_figures
     from fusion_lens.selection import select_failed
     from fusion_lens.shelves import explainer, open_dictionaries
 

@@ -1,217 +1,34 @@
-"""Plotly figures of a run. Colours are one per arm, the same in every figure."""
+"""Every figure of the package, one function for a question that a user asks.
 
-from __future__ import annotations
+| question | function |
+|---|---|
+| How far is the reference from the question at every layer? | `plot_delta_norms`, `plot_norm_map` |
+| Do deltas point alike, between layers and between questions? | `plot_layer_cosines`, `plot_question_cosines`, `plot_generic_share` |
+| What was read, and where is it written to? | `plot_tokens` |
+| Which tokens did steering make likelier? | `plot_token_shifts` |
+| Where in the network does the answer appear? | `plot_logit_lens` |
+| What was each coefficient worth, and which mattered? | `plot_search`, `plot_importance`, `plot_front` |
+| Which features does a plan move, where, at which tokens, and do they do the work? | `plot_top_features`, `plot_layer_features`, `plot_token_features`, `plot_faithfulness` |
+| What did each arm of a run do, and by how much more than the others? | `plot_scores`, `plot_differences`, `plot_reach`, `plot_coeffs`; `run_figures` gives all of a run |
+"""  # noqa: E501
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
-from fusion_lens.delta_plots import plot_delta_norms, plot_generic_share, plot_norm_map
-from fusion_lens.pictures import Figure, error_bars, logarithmic, styled
-from fusion_lens.results import Result, Results
-
-ARM_COLOURS = {
-    "baseline": "#8c8c8c",
-    "best_of_n": "#2f8fc4",
-    "answer_in_prompt": "#8660a8",
-    "full": "#0072b2",
-    "segmented": "#d55e00",
-    "generic": "#b87900",
-    "mismatched": "#b8558a",
-    "random": "#8a7d00",
-    "unembed": "#009e73",
-}
-_OTHER = "#757575"
-_SCORES = {
-    "exact_match": "right (exact match)",
-    "overlap": "overlap with gold",
-    "objective": "objective",
-    "perplexity": "perplexity",
-}
-_REACH = {
-    "transfer_exact_match": "paraphrases right",
-    "neighbours_kept": "neighbours kept",
-    "kl_unrelated": "KL on unrelated text, nats/token",
-}
-_COMPARED = {
-    "objective": "objective",
-    "overlap": "overlap with gold",
-    "transfer_exact_match": "paraphrases right",
-}
-_ALPHA = 0.05
-_MOST_POINTS = 200
-
-
-def run_figures(results: Results) -> list[Figure]:
-    """The figures of a run: scores, differences and reach per arm, chosen coefficients, and the
-    deltas they are made of. Empty ones are left out."""
-    arms = results.summary["arms"]
-    figures = [plot_scores(arms)]
-    if results.summary["comparisons"]:
-        figures.append(plot_differences(results.summary["comparisons"]))
-    if any(content["metrics"][name]["n"] for content in arms.values() for name in _REACH):
-        figures.append(plot_reach(arms))
-    tuned = [record for record in results.records if record.coeffs]
-    if tuned:
-        figures.append(plot_coeffs(tuned, arms))
-    if results.details:
-        figures += [plot_delta_norms(results.details), plot_norm_map(results.details)]
-    if any(each.generic_share is not None for each in results.details):
-        figures.append(plot_generic_share(results.details))
-    return figures
-
-
-def plot_scores(arms: Mapping[str, Any]) -> Figure:
-    """Mean and 95 % interval of each score under each arm; perplexity on a logarithmic axis."""
-    return _plot_arms("scores", "Scores per arm", arms, _SCORES)
-
-
-def plot_reach(arms: Mapping[str, Any]) -> Figure:
-    """The same of transfer to paraphrases, neighbours kept, and divergence on unrelated text."""
-    return _plot_arms("reach", "The chosen plan elsewhere", arms, _REACH)
-
-
-def plot_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
-    """The first arm of the comparisons minus each other one, paired by question, with intervals; a
-    hollow mark where Holm's p is 0.05 or more, or nothing was tested."""
-    shown = {name: _COMPARED[name] for name in _COMPARED if _scored(comparisons, name)}
-    others = list(dict.fromkeys(each["b"] for each in comparisons))
-    figure = make_subplots(
-        cols=max(1, len(shown)),
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        subplot_titles=list(shown.values()),
-    )
-    rows = []
-    for column, metric in enumerate(shown, start=1):
-        for each in comparisons:
-            if each["metric"] != metric or each["diff"] is None:
-                continue
-            sure = each["p_holm"] is not None and each["p_holm"] < _ALPHA
-            figure.add_scatter(
-                x=[each["diff"]],
-                y=[each["b"]],
-                error_x=error_bars([{**each, "mean": each["diff"]}]),
-                mode="markers",
-                marker={
-                    "color": ARM_COLOURS.get(each["b"], _OTHER),
-                    "size": 11,
-                    "symbol": "circle" if sure else "circle-open",
-                },
-                name=each["b"],
-                showlegend=False,
-                row=1,
-                col=column,
-            )
-            keys = ("b", "metric", "diff", "low", "high", "p_holm", "n")
-            rows.append(tuple(each[key] for key in keys))
-        figure.add_vline(x=0, line={"color": _OTHER, "width": 1, "dash": "dot"}, col=column)
-    first = comparisons[0]["a"]
-    n = max(each["n"] for each in comparisons)
-    told = f"n = {n} pairs, 95 % cluster bootstrap; filled where Holm's p < {_ALPHA}"
-    styled(
-        figure, f"{first} minus another arm", told=told, height=180 + 34 * len(others), panels=True
-    )
-    figure.update_yaxes(categoryorder="array", categoryarray=others[::-1])
-    figure.update_layout(margin_l=130)
-    columns = ("minus", "metric", "diff", "low", "high", "p_holm", "n")
-    return Figure("differences", figure, columns, tuple(rows))
-
-
-def _scored(comparisons: Sequence[Mapping[str, Any]], metric: str) -> bool:
-    return any(each["metric"] == metric and each["diff"] is not None for each in comparisons)
-
-
-def _plot_arms(name: str, title: str, arms: Mapping[str, Any], shown: Mapping[str, str]) -> Figure:
-    figure = make_subplots(
-        cols=len(shown),
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        subplot_titles=list(shown.values()),
-    )
-    rows = []
-    for arm, content in arms.items():
-        for column, metric in enumerate(shown, start=1):
-            values = content["metrics"][metric]
-            if values["mean"] is None:
-                continue
-            # a point: a bar on a logarithmic axis has no foot to start from
-            figure.add_scatter(
-                x=[values["mean"]],
-                y=[arm],
-                error_x=error_bars([values]),
-                mode="markers",
-                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 11},
-                name=arm,
-                showlegend=False,
-                row=1,
-                col=column,
-            )
-            rows.append((arm, metric, *(values[key] for key in ("mean", "low", "high", "n"))))
-    n = max((content["n"] for content in arms.values()), default=0)
-    told = f"n = {n} questions, mean and 95 % cluster bootstrap"
-    styled(figure, title, told=told, height=180 + 34 * len(arms), panels=True)
-    figure.update_yaxes(categoryorder="array", categoryarray=list(arms)[::-1])
-    if "perplexity" in shown:
-        column = list(shown).index("perplexity") + 1
-        ends = (end for _, metric, *own, _ in rows if metric == "perplexity" for end in own)
-        axis = logarithmic([end for end in ends if end is not None], most=5)
-        figure.update_xaxes(**axis, col=column)
-    figure.update_layout(margin_l=130)
-    return Figure(name, figure, ("arm", "metric", "mean", "low", "high", "n"), tuple(rows))
-
-
-def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
-    """The chosen coefficient of every question per segment; how often the zero plan won, how often
-    trials tied."""
-    figure = go.Figure()
-    rows = []
-    names = []
-    for arm in dict.fromkeys(record.arm for record in records):
-        own = [record for record in records if record.arm == arm]
-        for n, segment in enumerate(own[0].coeffs):
-            names.append(f"{arm}: {segment}" if segment != arm else arm)
-            figure.add_box(
-                x=[record.coeffs[segment] for record in own],
-                y=names[-1:] * len(own),
-                orientation="h",
-                boxpoints="all" if len(own) <= _MOST_POINTS else False,
-                jitter=0.5,
-                pointpos=0,
-                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4, "opacity": 0.6},
-                name=names[-1],
-                showlegend=False,
-            )
-            if n == 0:
-                figure.add_annotation(
-                    x=1.01,
-                    xref="paper",
-                    y=names[-1],
-                    text=_won_and_tied(arms[arm]),
-                    showarrow=False,
-                    xanchor="left",
-                )
-            rows += [
-                (r.question_id, arm, segment, r.coeffs[segment], r.zero_won, r.tied) for r in own
-            ]
-    n_questions = len({record.question_id for record in records})
-    told = (
-        f"n = {n_questions} questions; box: quartiles and median; right: how often the zero plan "
-    )
-    told += "won, trials tied"
-    styled(figure, "Chosen coefficient per segment", told=told, height=190 + 26 * len(names))
-    figure.update_layout(margin={"l": 160, "r": 150})
-    figure.update_xaxes(title="coefficient")
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=names[::-1], tickmode="array", tickvals=names
-    )
-    columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
-    return Figure("coeffs", figure, columns, tuple(rows))
-
-
-def _won_and_tied(content: Mapping[str, Any]) -> str:
-    tied = f"tied {content['tied']:.0%}"
-    won = content["zero_won"]
-    return tied if won is None else f"zero {won:.0%}, {tied}"
+from fusion_lens.delta_plots import plot_delta_norms as plot_delta_norms
+from fusion_lens.delta_plots import plot_generic_share as plot_generic_share
+from fusion_lens.delta_plots import plot_layer_cosines as plot_layer_cosines
+from fusion_lens.delta_plots import plot_norm_map as plot_norm_map
+from fusion_lens.delta_plots import plot_question_cosines as plot_question_cosines
+from fusion_lens.feature_plots import plot_faithfulness as plot_faithfulness
+from fusion_lens.feature_plots import plot_layer_features as plot_layer_features
+from fusion_lens.feature_plots import plot_token_features as plot_token_features
+from fusion_lens.feature_plots import plot_top_features as plot_top_features
+from fusion_lens.run_plots import plot_coeffs as plot_coeffs
+from fusion_lens.run_plots import plot_differences as plot_differences
+from fusion_lens.run_plots import plot_reach as plot_reach
+from fusion_lens.run_plots import plot_scores as plot_scores
+from fusion_lens.run_plots import run_figures as run_figures
+from fusion_lens.token_plots import plot_logit_lens as plot_logit_lens
+from fusion_lens.token_plots import plot_token_shifts as plot_token_shifts
+from fusion_lens.token_plots import plot_tokens as plot_tokens
+from fusion_lens.tuning_plots import plot_front as plot_front
+from fusion_lens.tuning_plots import plot_importance as plot_importance
+from fusion_lens.tuning_plots import plot_search as plot_search

@@ -21,10 +21,10 @@ import jinja2
 import plotly.offline
 
 from fusion_lens.pictures import Figure
-from fusion_lens.plots import ARM_COLOURS, run_figures
 from fusion_lens.report import closing_lines, failure_lines, further_sections, sections
 from fusion_lens.report_data import details_table, packed, records_table
 from fusion_lens.results import Results
+from fusion_lens.run_plots import ARM_COLOURS, run_figures
 
 _PAGE = Path(__file__).parent / "page"
 # concatenated in this order into one script

@@ -40,6 +40,7 @@ LAYERS = (
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots", "report_data"},
+    {"run_plots"},
     {"plots"},
     {"protocols", "feature_report", "shelves", "report_page"},
     {"cli_options"},
@@ -74,7 +75,7 @@ DOORS = {
     "scipy": {"statistics", "controls"},
     "pandas": {"results"},
     "plotly": {
-        *{"pictures", "plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
+        *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
         "report_page",
     },
     "jinja2": {"report_page"},
