@@ -3,7 +3,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import hypot
 from pathlib import Path
@@ -12,6 +11,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import Toy
 
 from fusion_lens.errors import ConfigError, SearchError
 from fusion_lens.search import (
@@ -24,15 +24,6 @@ from fusion_lens.search import (
 )
 
 SEGMENTS = ("early", "late")
-
-
-@dataclass(frozen=True)
-class Toy:
-    """What a search has to know of a trial."""
-
-    objective: float
-    overlap: float | None = 0.5
-    perplexity: float | None = 20.0
 
 
 def bowl(coeffs: Coeffs) -> Toy:
