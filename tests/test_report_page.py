@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import re
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.offline
 import pytest
-from runs import ARMS, HOSTILE, hostile_run, large_run, run_summary, small_run
+from runs import ARMS, HOSTILE, empty_run, hostile_run, large_run, run_summary, small_run
 
+from fusion_lens import cli
+from fusion_lens.details import append_details
+from fusion_lens.errors import OutputError
 from fusion_lens.pictures import Figure
 from fusion_lens.report import closing_lines, sections
 from fusion_lens.report_data import details_table, packed, records_table
 from fusion_lens.report_page import _figure, html_report, main_arm, page_script
-from fusion_lens.results import Results, Summary
+from fusion_lens.results import Results, Summary, append_results, save_summary, write_text
 
 PAGE = Path(__file__).parents[1] / "fusion_lens" / "page"
 
@@ -101,6 +105,36 @@ def test_a_run_without_details_packs_none_and_knows_no_layers() -> None:
     assert details_table(older) == {"tokens": [], "questions": {}}
     assert records_table(older)["segments"] == {}
     assert "packed-details" in html_report(older)
+
+
+def test_a_run_without_questions_is_a_page_that_says_so() -> None:
+    page = html_report(empty_run())
+    assert "The run was interrupted" in page
+    assert contents(page, "records")["questions"]["id"] == []
+
+
+def test_report_writes_the_page_again_from_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = small_run()
+    append_results(tmp_path, results.records)
+    append_details(tmp_path, results.details)
+    save_summary(tmp_path, results.summary)
+    monkeypatch.setattr(sys, "argv", ["fusion-lens", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert (tmp_path / "report.html").read_text("utf-8") == html_report(results)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_page_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("earlier")
+    (tmp_path / "report.html.part").mkdir()
+    with pytest.raises(OutputError):
+        write_text(path, "later")
+    assert path.read_text() == "earlier"
 
 
 def test_numbers_are_packed_to_six_digits_and_the_same_content_to_the_same_text() -> None:
