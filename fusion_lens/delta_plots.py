@@ -3,6 +3,7 @@ much of them every question shares."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,8 +50,16 @@ def plot_delta_norms(questions: Questions) -> Figure:
         x, y = _one_trace(lines[:_MOST_LINES])
         line = {"color": _FAINT, "width": 1}
         hidden = {"showlegend": False, "row": 1, "col": column}
-        figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", **hidden)
-        low, middle, high = np.quantile(lines, (0.25, 0.5, 0.75), axis=0).tolist()
+        figure.add_scatter(
+            x=x,
+            y=y,
+            text=[plain(name) for name in list(norms)[:_MOST_LINES] for _ in range(n_layers + 1)],
+            mode="lines",
+            line=line,
+            hovertemplate="%{text}<br>layer %{x}: %{y:.3g}<extra></extra>",
+            **hidden,
+        )
+        low, middle, high = _quartiles(lines)
         if len(norms) > 1:
             figure.add_scatter(
                 x=[*layers, *layers[::-1]],
@@ -259,6 +268,14 @@ def _one_trace(lines: Sequence[Sequence[float]]) -> tuple[list[int | None], list
         x += [*range(len(line)), None]
         y += [*line, None]
     return x, y
+
+
+def _quartiles(lines: Sequence[Sequence[float]]) -> list[list[float | None]]:
+    """Lower quartile, median and upper quartile at every place, of what is finite there."""
+    columns = [[value for value in own if math.isfinite(value)] for own in zip(*lines, strict=True)]
+    return [
+        [float(np.quantile(own, q)) if own else None for own in columns] for q in (0.25, 0.5, 0.75)
+    ]
 
 
 def _cosines(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n n"]:

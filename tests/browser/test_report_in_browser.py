@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
+from sample_runs import HOSTILE, empty_run, hostile_run, large_run, small_run
 
 from fusion_lens.report_page import html_report
-from runs import HOSTILE, hostile_run, large_run, small_run
 
 pytestmark = pytest.mark.pages
 
@@ -111,7 +111,7 @@ def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages with space")
-    made = {"small": small_run, "hostile": hostile_run, "large": large_run}
+    made = {"small": small_run, "hostile": hostile_run, "large": large_run, "empty": empty_run}
     for name, run in made.items():
         (folder / f"{name}.html").write_text(html_report(run()), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}
@@ -256,6 +256,13 @@ def test_what_is_missing_is_said(open_page: Open) -> None:
     told = opened.page.text_content("#detail-body")
     assert "This run kept none of this question" in told
     assert "This arm failed on the question, or was not run." in told
+
+
+def test_a_run_without_questions_opens(open_page: Open) -> None:
+    opened = open_page("empty", at="#q=nobody")
+    assert opened.ids() == []
+    assert opened.page.text_content("#count") == "0 questions of 0 shown"
+    assert not opened.page.is_visible(".pager")
 
 
 def test_previous_and_next_go_through_what_is_shown_and_escape_gives_the_focus_back(
