@@ -16,6 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from sample_runs import HOSTILE, empty_run, hostile_run, large_run, small_run
 
 from fusion_lens.report_page import html_report
+from fusion_lens.run_plots import run_figures
 
 pytestmark = pytest.mark.pages
 
@@ -121,9 +122,9 @@ def test_every_figure_is_drawn_without_a_touch(open_page: Open) -> None:
     drawn = open_page().page.evaluate(
         "[...document.querySelectorAll('.plot')].map((plot) => ["
         " plot.querySelectorAll('svg.main-svg').length > 0,"
-        " plot.querySelectorAll('.point, .box, .js-line, .scatterlayer path').length])"
+        " plot.querySelectorAll('.point, .box, .js-line, .scatterlayer path, .heatmaplayer image').length])"
     )
-    assert len(drawn) == 4
+    assert len(drawn) == len(run_figures(small_run()))
     assert all(svg and marks >= 2 for svg, marks in drawn)
 
 
