@@ -18,12 +18,12 @@ from fusion_lens.controls import generic_share
 from fusion_lens.deltas import Deltas
 from fusion_lens.details import Detail
 from fusion_lens.errors import ConfigError
-from fusion_lens.pictures import MORE, SEQUENTIAL, Figure, centred, plain, styled
+from fusion_lens.pictures import MORE, SEQUENTIAL, Figure, centred, plain, shortened, styled
 
 Questions = Mapping[str, Deltas] | Sequence[Detail]
 """Deltas by question id, or what a run keeps of its questions."""
 
-_FAINT = "rgba(110,110,110,0.35)"
+_FAINT = "rgba(128,128,128,{:.2f})"
 _MOST_LINES = 200
 _MOST_NAMES = 24
 _LONGEST = 24
@@ -36,7 +36,8 @@ class _Norms(NamedTuple):
 
 def plot_delta_norms(questions: Questions) -> Figure:
     """Norm of every layer's delta, absolute (residual units) and relative to the norm of the mean
-    residual it starts from: a faint line for each question (200 at most), median and quartiles."""
+    residual it starts from: a faint line for each question (200 at most), median and quartiles.
+    Where that mean is 0, there is no relative norm."""
     norms = _norms(questions)
     n_layers = _n_layers(norms)
     figure = make_subplots(
@@ -48,7 +49,9 @@ def plot_delta_norms(questions: Questions) -> Figure:
     for column, kind in enumerate(_Norms._fields, start=1):
         lines = [getattr(own, kind) for own in norms.values()]
         x, y = _one_trace(lines[:_MOST_LINES])
-        line = {"color": _FAINT, "width": 1}
+        # the more lines, the fainter: they would hide the quartiles
+        faint = min(0.4, max(0.08, 10 / len(lines)))
+        line = {"color": _FAINT.format(faint), "width": 1}
         hidden = {"showlegend": False, "row": 1, "col": column}
         figure.add_scatter(
             x=x,
@@ -59,7 +62,7 @@ def plot_delta_norms(questions: Questions) -> Figure:
             hovertemplate="%{text}<br>layer %{x}: %{y:.3g}<extra></extra>",
             **hidden,
         )
-        low, middle, high = _quartiles(lines)
+        low, middle, high = zip(*map(_quartiles, zip(*lines, strict=True)), strict=True)
         if len(norms) > 1:
             figure.add_scatter(
                 x=[*layers, *layers[::-1]],
@@ -80,9 +83,10 @@ def plot_delta_norms(questions: Questions) -> Figure:
             **hidden,
         )
     n = len(norms)
-    told = f"n = {n} questions; median in blue, quartiles shaded, a grey line per question"
+    drawn = f"each of {_MOST_LINES}" if n > _MOST_LINES else "each"
+    told = f"n = {n} questions; median in blue, quartiles shaded, {drawn} in grey"
     if n == 1:
-        told = f"question {plain(next(iter(norms)))}"
+        told = _of_one(norms)
     styled(figure, "Delta norm per layer", told=told, panels=True)
     figure.update_xaxes(title="layer (after the block)", dtick=max(1, n_layers // 8))
     figure.update_yaxes(rangemode="tozero")
@@ -98,13 +102,13 @@ def plot_norm_map(questions: Questions) -> Figure:
     """Question against layer: the norm of the delta relative to the residual it starts from, the
     question of the largest mean on top."""
     norms = _norms(questions)
-    names = sorted(norms, key=lambda name: sum(norms[name].relative))
+    names = sorted(norms, key=lambda name: sum(_finite(norms[name].relative)))
     layers = list(range(_n_layers(norms)))
     figure = go.Figure()
     figure.add_heatmap(
         x=layers,
         y=list(range(len(names))),
-        z=[norms[name].relative for name in names],
+        z=[_gaps(norms[name].relative) for name in names],
         customdata=[[plain(name)] * len(layers) for name in names],
         colorscale=SEQUENTIAL,
         colorbar={"title": "‖h − μ‖ / ‖μ‖"},
@@ -114,7 +118,9 @@ def plot_norm_map(questions: Questions) -> Figure:
     styled(
         figure,
         "Relative delta norm by question and layer",
-        told=f"n = {len(names)} questions, the largest on top",
+        told=f"n = {len(names)} questions, the largest on top"
+        if len(names) > 1
+        else _of_one(norms),
         height=max(300, min(720, 150 + (22 if few else 6) * len(names))),
     )
     figure.update_xaxes(title="layer (after the block)", dtick=max(1, len(layers) // 12))
@@ -137,11 +143,11 @@ def plot_layer_cosines(deltas: Mapping[str, Deltas]) -> Figure:
         y=layers,
         z=values,
         hovertemplate="layers %{y} and %{x}: %{z:.2f}<extra></extra>",
-        **_of_cosines(),
+        **_of_cosines(len(layers)),
         **_written(values),
     )
     n = len(deltas)
-    told = f"median over n = {n} questions" if n > 1 else f"question {plain(next(iter(deltas)))}"
+    told = f"median over n = {n} questions" if n > 1 else _of_one(deltas)
     styled(figure, "Cosine of a question's deltas between layers", told=told, height=560)
     ticks = {"dtick": max(1, len(layers) // 12)}
     figure.update_xaxes(title="layer", constrain="domain", **ticks)
@@ -169,13 +175,18 @@ def plot_question_cosines(deltas: Mapping[str, Deltas], layer: int | None = None
     figure.add_heatmap(
         x=places,
         y=places,
-        z=values,
-        customdata=[[f"{plain(a)}<br>{plain(b)}" for b in names] for a in names],
-        hovertemplate="%{customdata}<br>%{z:.2f}<extra></extra>",
-        **_of_cosines(),
+        z=values if len(names) <= _MOST_LINES else cosines.round(decimals=3).tolist(),
+        hovertemplate="questions %{y} and %{x}: %{z:.2f}<extra></extra>",
+        **_of_cosines(len(names)),
     )
+    if len(names) <= _MOST_LINES:  # a million pairs would be 60 MB of names
+        figure.update_traces(
+            customdata=[[f"{plain(a)}<br>{plain(b)}" for b in names] for a in names],
+            hovertemplate="%{customdata}<br>%{z:.2f}<extra></extra>",
+        )
     pairs = cosines[tuple(torch.triu_indices(len(names), len(names), 1))]
-    told = f"n = {len(names)} questions; median over pairs {float(pairs.quantile(0.5)):+.2f}"
+    median = round(float(np.median(pairs.numpy())), 2) + 0.0  # no "-0.00"
+    told = f"n = {len(names)} questions; median over pairs {median:+.2f}"
     styled(figure, f"Cosine between questions' deltas, layer {at}", told=told, height=620)
     figure.update_xaxes(constrain="domain")
     figure.update_yaxes(autorange="reversed", scaleanchor="x")
@@ -201,7 +212,7 @@ def plot_generic_share(questions: Questions) -> Figure:
         figure.add_box(
             x=[layer] * len(shares),
             y=[own[layer] for own in shares.values()],
-            marker={"color": MORE, "size": 3},
+            marker={"color": MORE, "size": 4},
             line={"color": MORE},
             boxpoints="outliers",
             showlegend=False,
@@ -210,9 +221,13 @@ def plot_generic_share(questions: Questions) -> Figure:
         )
     told = f"n = {len(shares)} questions; box: quartiles and median, whiskers: 1.5 of its length"
     styled(figure, "Generic share of the delta per layer", told=told)
-    figure.update_xaxes(title="layer (after the block)", dtick=max(1, len(layers) // 12))
+    figure.update_xaxes(
+        title="layer (after the block)",
+        range=[-0.7, len(layers) - 0.3],
+        dtick=max(1, len(layers) // 12),
+    )
     figure.update_yaxes(
-        title="share of ‖h − μ‖² along the mean of the others", range=[0, 1.02], tickformat=".0%"
+        title="share of ‖h − μ‖² along the others", range=[-0.02, 1.02], tickformat=".0%"
     )
     rows = tuple((name, layer, own[layer]) for name, own in shares.items() for layer in layers)
     return Figure("generic_share", figure, ("question_id", "layer", "share"), rows)
@@ -266,16 +281,26 @@ def _one_trace(lines: Sequence[Sequence[float]]) -> tuple[list[int | None], list
     y: list[float | None] = []
     for line in lines:
         x += [*range(len(line)), None]
-        y += [*line, None]
+        y += [*_gaps(line), None]
     return x, y
 
 
-def _quartiles(lines: Sequence[Sequence[float]]) -> list[list[float | None]]:
-    """Lower quartile, median and upper quartile at every place, of what is finite there."""
-    columns = [[value for value in own if math.isfinite(value)] for own in zip(*lines, strict=True)]
-    return [
-        [float(np.quantile(own, q)) if own else None for own in columns] for q in (0.25, 0.5, 0.75)
-    ]
+def _quartiles(values: Sequence[float]) -> list[float | None]:
+    """Of those that are finite: a base of 0 has no relative norm."""
+    finite = _finite(values)
+    return np.quantile(finite, (0.25, 0.5, 0.75)).tolist() if finite else [None] * 3
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _gaps(values: Sequence[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _of_one(questions: Mapping[str, Any]) -> str:
+    return f"n = 1 question: {plain(shortened(next(iter(questions)), 80))}"
 
 
 def _cosines(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n n"]:
@@ -283,8 +308,9 @@ def _cosines(vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "n n"]:
     return (unit @ unit.T).clamp(-1, 1)
 
 
-def _of_cosines() -> dict[str, Any]:
-    return {**centred([[1.0]], "cosine"), "xgap": 1, "ygap": 1}
+def _of_cosines(n: int) -> dict[str, Any]:
+    gap = int(n <= _MOST_LINES // 4)  # gaps as wide as the cells would hide them
+    return {**centred([[1.0]], "cosine"), "xgap": gap, "ygap": gap}
 
 
 def _written(values: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -298,8 +324,7 @@ def _named_ticks(figure: go.Figure, names: Sequence[str], axis: str) -> None:
     if len(names) > _MOST_NAMES:
         update(title=f"{len(names)} questions", showticklabels=False)
         return
-    short = (name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in names)
-    shown = list(map(plain, short))
+    shown = [plain(shortened(name, _LONGEST)) for name in names]
     places = list(range(len(names)))
     update(tickvals=places, ticktext=shown, automargin=True, tickfont_size=12)
     if axis == "x":

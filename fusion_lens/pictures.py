@@ -32,6 +32,8 @@ BELOW = {"orientation": "h", "yref": "container", "y": 0.02, "yanchor": "bottom"
 PAPER = {"light": "#ffffff", "dark": "#16181d"}
 
 _TEMPLATES = {"light": "plotly_white", "dark": "plotly_dark"}
+_SIGNS = {"\n": "⏎", "\t": "⇥", " ": "·"}
+_JOINERS = "\u200c\u200d"  # they shape what is around them
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -93,8 +95,25 @@ def styled(
 
 
 def plain(text: str) -> str:
-    """A text as plotly shows it: it reads a part of HTML."""
-    return escape(text, quote=False)
+    """A text as plotly shows it: it reads a part of HTML, and LaTeX between dollars where MathJax
+    is loaded."""
+    return escape(text, quote=False).replace("$", "&#36;")
+
+
+def shortened(text: str, most: int) -> str:
+    """At most that many letters, cut in the middle: names tell themselves apart at both ends."""
+    tail = (most - 1) // 3
+    return text if len(text) <= most else f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def visible(token: str) -> str:
+    """White space as signs, and what has no shape of its own as an escape."""
+    return "".join(_SIGNS.get(c) or (c if _has_shape(c) else _escaped(c)) for c in token)
+
+
+def number_of(n: int, noun: str) -> str:
+    """ "1 question", "2 questions"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def logarithmic(values: Sequence[float], *, most: int = 9) -> dict[str, Any]:
@@ -108,6 +127,13 @@ def logarithmic(values: Sequence[float], *, most: int = 9) -> dict[str, Any]:
         if len(inside) <= most:
             break
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.12g}" for tick in ticks]}
+
+
+def with_zero(values: Sequence[float], *, room: float) -> list[float]:
+    """The range of an axis that holds the values and 0, and `room` of it on either side."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    left = room * (high - low) or 1.0
+    return [low - left, high + left]
 
 
 def error_bars(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -125,7 +151,8 @@ def error_bars(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def centred(values: Sequence[Sequence[float | None]], title: str) -> dict[str, Any]:
     """A heat map's colour scale whose white is 0, named on its bar."""
-    most = max((abs(value) for row in values for value in row if value is not None), default=1.0)
+    sizes = [abs(value) for row in values for value in row if value is not None]
+    most = max(sizes, default=1.0) or 1.0
     return {
         "colorscale": DIVERGING,
         "zmin": -most,
@@ -174,6 +201,14 @@ def write_figures(
     except Exception as error:  # a browser that does not start has many names
         return f"no PNG figures: the browser failed ({type(error).__name__}: {error})"
     return None
+
+
+def _has_shape(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _cell(value: Any) -> Any:

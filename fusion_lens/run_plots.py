@@ -9,7 +9,16 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from fusion_lens.delta_plots import plot_delta_norms, plot_generic_share, plot_norm_map
-from fusion_lens.pictures import Figure, error_bars, logarithmic, styled
+from fusion_lens.errors import ConfigError
+from fusion_lens.pictures import (
+    Figure,
+    error_bars,
+    logarithmic,
+    number_of,
+    plain,
+    styled,
+    with_zero,
+)
 from fusion_lens.results import Result, Results
 
 ARM_COLOURS = {
@@ -49,7 +58,7 @@ def run_figures(results: Results) -> list[Figure]:
     deltas they are made of. Empty ones are left out."""
     arms = results.summary["arms"]
     figures = [plot_scores(arms)]
-    if results.summary["comparisons"]:
+    if any(_scored(results.summary["comparisons"], metric) for metric in _COMPARED):
         figures.append(plot_differences(results.summary["comparisons"]))
     if any(content["metrics"][name]["n"] for content in arms.values() for name in _REACH):
         figures.append(plot_reach(arms))
@@ -75,11 +84,19 @@ def plot_reach(arms: Mapping[str, Any]) -> Figure:
 
 def plot_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
     """The first arm of the comparisons minus each other one, paired by question, with intervals; a
-    hollow mark where Holm's p is 0.05 or more, or nothing was tested."""
+    hollow mark where Holm's p is 0.05 or more, or nothing was tested.
+
+    Raises:
+        ConfigError: if no comparison has a difference to show.
+    """
     shown = {name: _COMPARED[name] for name in _COMPARED if _scored(comparisons, name)}
-    others = list(dict.fromkeys(each["b"] for each in comparisons))
+    if not shown:
+        raise ConfigError(
+            f"there must be a difference in one of {', '.join(_COMPARED)} to show, but got none."
+        )
+    others = list(dict.fromkeys(plain(each["b"]) for each in comparisons))
     figure = make_subplots(
-        cols=max(1, len(shown)),
+        cols=len(shown),
         shared_yaxes=True,
         horizontal_spacing=0.04,
         subplot_titles=list(shown.values()),
@@ -92,15 +109,16 @@ def plot_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
             sure = each["p_holm"] is not None and each["p_holm"] < _ALPHA
             figure.add_scatter(
                 x=[each["diff"]],
-                y=[each["b"]],
+                y=[plain(each["b"])],
                 error_x=error_bars([{**each, "mean": each["diff"]}]),
                 mode="markers",
                 marker={
                     "color": ARM_COLOURS.get(each["b"], _OTHER),
                     "size": 11,
                     "symbol": "circle" if sure else "circle-open",
+                    "line": {"width": 2, "color": ARM_COLOURS.get(each["b"], _OTHER)},
                 },
-                name=each["b"],
+                name=plain(each["b"]),
                 showlegend=False,
                 row=1,
                 col=column,
@@ -108,14 +126,13 @@ def plot_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
             keys = ("b", "metric", "diff", "low", "high", "p_holm", "n")
             rows.append(tuple(each[key] for key in keys))
         figure.add_vline(x=0, line={"color": _OTHER, "width": 1, "dash": "dot"}, col=column)
-    first = comparisons[0]["a"]
-    n = max(each["n"] for each in comparisons)
-    told = f"n = {n} pairs, 95 % cluster bootstrap; filled where Holm's p < {_ALPHA}"
+    first = plain(comparisons[0]["a"])
+    n = number_of(max(each["n"] for each in comparisons), "pair")
+    told = f"n = {n}, 95 % cluster bootstrap; filled where Holm's p < {_ALPHA}"
     styled(
         figure, f"{first} minus another arm", told=told, height=180 + 34 * len(others), panels=True
     )
-    figure.update_yaxes(categoryorder="array", categoryarray=others[::-1])
-    figure.update_layout(margin_l=130)
+    _name_rows(figure, others)
     columns = ("minus", "metric", "diff", "low", "high", "p_holm", "n")
     return Figure("differences", figure, columns, tuple(rows))
 
@@ -140,26 +157,25 @@ def _plot_arms(name: str, title: str, arms: Mapping[str, Any], shown: Mapping[st
             # a point: a bar on a logarithmic axis has no foot to start from
             figure.add_scatter(
                 x=[values["mean"]],
-                y=[arm],
+                y=[plain(arm)],
                 error_x=error_bars([values]),
                 mode="markers",
                 marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 11},
-                name=arm,
+                name=plain(arm),
                 showlegend=False,
                 row=1,
                 col=column,
             )
             rows.append((arm, metric, *(values[key] for key in ("mean", "low", "high", "n"))))
     n = max((content["n"] for content in arms.values()), default=0)
-    told = f"n = {n} questions, mean and 95 % cluster bootstrap"
+    told = f"n = {number_of(n, 'question')}, mean and 95 % cluster bootstrap"
     styled(figure, title, told=told, height=180 + 34 * len(arms), panels=True)
-    figure.update_yaxes(categoryorder="array", categoryarray=list(arms)[::-1])
+    _name_rows(figure, list(map(plain, arms)))
     if "perplexity" in shown:
         column = list(shown).index("perplexity") + 1
         ends = (end for _, metric, *own, _ in rows if metric == "perplexity" for end in own)
-        axis = logarithmic([end for end in ends if end is not None], most=5)
+        axis = logarithmic([end for end in ends if end is not None], most=4)
         figure.update_xaxes(**axis, col=column)
-    figure.update_layout(margin_l=130)
     return Figure(name, figure, ("arm", "metric", "mean", "low", "high", "n"), tuple(rows))
 
 
@@ -172,7 +188,7 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
     for arm in dict.fromkeys(record.arm for record in records):
         own = [record for record in records if record.arm == arm]
         for n, segment in enumerate(own[0].coeffs):
-            names.append(f"{arm}: {segment}" if segment != arm else arm)
+            names.append(plain(f"{arm}: {segment}" if segment != arm else arm))
             figure.add_box(
                 x=[record.coeffs[segment] for record in own],
                 y=names[-1:] * len(own),
@@ -180,7 +196,7 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
                 boxpoints="all" if len(own) <= _MOST_POINTS else False,
                 jitter=0.5,
                 pointpos=0,
-                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4, "opacity": 0.6},
+                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4},
                 name=names[-1],
                 showlegend=False,
             )
@@ -197,18 +213,29 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
                 (r.question_id, arm, segment, r.coeffs[segment], r.zero_won, r.tied) for r in own
             ]
     n_questions = len({record.question_id for record in records})
-    told = (
-        f"n = {n_questions} questions; box: quartiles and median; right: how often the zero plan "
-    )
-    told += "won, trials tied"
+    told = f"n = {number_of(n_questions, 'question')}; box: quartiles and median; right: how often "
+    told += "the zero plan won, trials tied"
     styled(figure, "Chosen coefficient per segment", told=told, height=190 + 26 * len(names))
+    _name_rows(figure, names)
     figure.update_layout(margin={"l": 160, "r": 150})
-    figure.update_xaxes(title="coefficient")
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=names[::-1], tickmode="array", tickvals=names
-    )
+    drawn = [coeff for *_, coeff, _, _ in rows]
+    figure.update_xaxes(title="coefficient", range=with_zero(drawn, room=0.02))
+    figure.update_yaxes(tickmode="array", tickvals=names)
     columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
     return Figure("coeffs", figure, columns, tuple(rows))
+
+
+def _name_rows(figure: go.Figure, names: Sequence[str]) -> None:
+    """A row for every name from the top, with room for it. A name may be a number."""
+    figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=names[::-1],
+        range=[-0.6, len(names) - 0.4],
+        automargin=True,
+        ticklabelstandoff=6,
+    )
+    figure.update_layout(margin_l=130)
 
 
 def _won_and_tied(content: Mapping[str, Any]) -> str:

@@ -120,21 +120,22 @@ class Tuned(Shows, Generic[T]):
         return None if self.unsteered is None else self.best is self.unsteered
 
     def importances(self) -> dict[str, float]:
-        """Optuna's importance of every parameter for being among the best trials (PED-ANOVA; they
-        sum to 1), the largest first; empty where the trials tell nothing: fewer than two, or all
-        alike.
+        """Optuna's importance of every parameter for being among the trials of the best objectives
+        (PED-ANOVA; they sum to 1), the largest first; empty where the trials tell nothing: fewer
+        than two, or all alike.
 
         Watanabe et al. 2023, arXiv 2304.10255.
         """
-        objectives = {trial.outcome.objective for trial in self.trials if trial.params}
-        if len(objectives) < 2:
+        # in the order of the study, which has no trial without parameters
+        objectives = [trial.outcome.objective for trial in self.trials if trial.params]
+        if len(set(objectives)) < 2:
             return {}
-        target = None
-        if len(self.study.directions) > 1:
-            values = {trial.number: trial.values for trial in self.study.get_trials(deepcopy=False)}
-            target = lambda trial: values[trial.number][0]  # noqa: E731
-        with _quiet():
-            found = optuna.importance.get_param_importances(self.study, target=target)
+        with _quiet(), warnings.catch_warnings():
+            # PED-ANOVA takes low targets for good ones, and warns of it
+            warnings.simplefilter("ignore", UserWarning)
+            found = optuna.importance.get_param_importances(
+                self.study, target=lambda frozen: -objectives[frozen.number]
+            )
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def table(self) -> Section:

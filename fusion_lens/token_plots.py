@@ -2,12 +2,14 @@
 steering made likelier, and what each layer would say.
 
 Tokens are tiles in the order of the text, in lines of a fixed width; white space is shown, and a
-long token is never cut.
+token longer than a line goes on in the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +22,26 @@ from fusion_lens.errors import ConfigError
 from fusion_lens.logit_lens import Lens
 from fusion_lens.pictures import (
     BELOW,
-    DIVERGING,
     LESS,
     MORE,
     REST,
     WIDTH,
     Figure,
     logarithmic,
+    number_of,
     plain,
+    shortened,
     styled,
+    visible,
 )
 
-_LETTER = 9.2
+_LETTER = 8.0
+_PADDING = 1.5
 _LINE = 30
 _COLUMNS = int((WIDTH - 40) / _LETTER)
 _INK = "#16181d"
+_DEEPEST = 0.75
+"""How much of the full colour the strongest tile has: its token stays readable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,8 @@ def plot_token_shifts(traces: Sequence[Trace]) -> Figure:
                 zip(trace.tokens, trace.steered, trace.unsteered, trace.shifts, strict=True)
             )
         ]
-        blocks.append((f"{trace.arm}: {total:+.1f} nats in all", tiles))
+        n = number_of(len(tiles), "token")
+        blocks.append((f"{trace.arm}: {total:+.1f} nats over n = {n}", tiles))
     told = "blue: likelier with steering, orange: less likely, white: unmoved; nats"
     figure, rows = _tiled(blocks, "How steering moved each token", told)
     figure.add_scatter(  # nothing is drawn: it brings the colour bar
@@ -104,7 +112,7 @@ def plot_token_shifts(traces: Sequence[Trace]) -> Figure:
         mode="markers",
         showlegend=False,
         marker={
-            "colorscale": DIVERGING,
+            "colorscale": [[0.0, _colour(-1)], [0.5, _colour(0)], [1.0, _colour(1)]],
             "cmin": -most,
             "cmax": most,
             "color": [0],
@@ -181,14 +189,17 @@ def plot_logit_lens(unsteered: Sequence[Lens], steered: Sequence[Lens]) -> Figur
     styled(figure, "The gold answer through the layers (logit lens)", told=told, panels=True)
     figure.update_xaxes(title="layer (after the block)", dtick=max(1, len(layers) // 8))
     ranks = [rank for row in rows for rank in row[5:]]
-    figure.update_yaxes(**logarithmic(ranks), autorange="reversed", col=2)
+    # from the likeliest down; no rank is below 1
+    lowest = math.log10(max(ranks)) + 0.1
+    figure.update_yaxes(**logarithmic([1.0, *ranks]), range=[lowest, -0.1], col=2)
     figure.update_layout(margin_b=100, legend=BELOW)
     kinds = [f"{kind}_{q}" for kind in ("log_prob", "rank") for q in ("low", "median", "high")]
     return Figure("logit_lens", figure, ("run", "layer", *kinds), tuple(rows))
 
 
 def _answer(lens: Lens) -> str:
-    return "answer: " + plain("".join(lens.str_tokens).strip())
+    answer = shortened("".join(lens.str_tokens).strip(), 60)
+    return f"n = 1 question, its answer: {plain(answer)}"
 
 
 def _tiled(
@@ -203,29 +214,29 @@ def _tiled(
             x=0, y=y - 0.5, text=plain(heading), showarrow=False, xanchor="left", font_size=13
         )
         y -= 1
-        column = 0
+        column = 0.0
         for tile in tiles:
-            shown = _visible(tile.text)
-            width = max(len(shown), 1) + 1
-            if column and column + width > _COLUMNS:
-                column, y = 0, y - 1
-            figure.add_shape(
-                type="rect",
-                x0=column,
-                x1=column + width - 0.25,
-                y0=y - 0.9,
-                y1=y - 0.1,
-                fillcolor=tile.colour,
-                line={"width": 1, "color": "#c8c8c8"},
-                layer="below",
-            )
-            x_text.append(column + (width - 0.25) / 2)
-            y_text.append(y - 0.5)
-            texts.append(plain(shown))
-            hovers.append(tile.hover)
-            column += width
+            for shown in _lines(visible(tile.text)):
+                width = max(_width(shown), 1) + _PADDING
+                if column and column + width > _COLUMNS:
+                    column, y = 0.0, y - 1
+                figure.add_shape(
+                    type="rect",
+                    x0=column,
+                    x1=column + width - 0.25,
+                    y0=y - 0.9,
+                    y1=y - 0.1,
+                    fillcolor=tile.colour,
+                    line={"width": 1, "color": "#c8c8c8"},
+                    layer="below",
+                )
+                x_text.append(column + (width - 0.25) / 2)
+                y_text.append(y - 0.5)
+                texts.append(plain(shown))
+                hovers.append(tile.hover)
+                column += width
             if tile.text.endswith("\n"):
-                column, y = 0, y - 1
+                column, y = 0.0, y - 1
         y -= 1.4
     figure.add_scatter(
         x=x_text,
@@ -246,14 +257,28 @@ def _tiled(
     return figure, tuple(tile.value for _, tiles in blocks for tile in tiles)
 
 
-def _visible(token: str) -> str:
-    """White space as signs, so that a tile has something to show."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+def _lines(text: str) -> Iterator[str]:
+    """Pieces that fit a line each; one, empty, of an empty text."""
+    piece = ""
+    for character in text:
+        if _width(piece + character) + _PADDING > _COLUMNS:
+            yield piece
+            piece = ""
+        piece += character
+    yield piece
+
+
+def _width(text: str) -> int:
+    """In letters of a monospaced font: wide characters take two, combining ones none."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
 
 
 def _colour(share: float) -> str:
     """From orange at -1 over white to blue at 1."""
     end = MORE if share > 0 else LESS
     parts = (int(end[i : i + 2], 16) for i in (1, 3, 5))
-    mixed = (round(255 + (part - 255) * abs(share) * 0.75) for part in parts)
+    mixed = (round(255 + (part - 255) * abs(share) * _DEEPEST) for part in parts)
     return "rgb({},{},{})".format(*mixed)

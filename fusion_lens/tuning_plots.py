@@ -9,11 +9,24 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from fusion_lens.errors import SearchError
-from fusion_lens.pictures import BELOW, LESS, MORE, REST, Figure, logarithmic, styled
+from fusion_lens.pictures import (
+    BELOW,
+    LESS,
+    MORE,
+    REST,
+    Figure,
+    logarithmic,
+    number_of,
+    plain,
+    shortened,
+    styled,
+    with_zero,
+)
 from fusion_lens.search import Trial, Tuned
 
 _STAR = {"color": LESS, "size": 15, "symbol": "star", "line": {"color": "#ffffff", "width": 1}}
-_TRIAL = {"color": MORE, "size": 8, "opacity": 0.7}
+# opaque: see-through, they would not stand out from a dark page
+_TRIAL = {"color": MORE, "size": 8, "line": {"color": "#ffffff", "width": 0.5}}
 _MOST_PANELS = 6
 _ZERO = {"color": REST, "size": 12, "symbol": "circle-open", "line": {"width": 2}}
 
@@ -24,7 +37,10 @@ def plot_search(tuned: Tuned[Any]) -> Figure:
     segments = list(tuned.best.coeffs)
     shown = segments[:_MOST_PANELS]
     figure = make_subplots(
-        cols=len(shown), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=shown
+        cols=len(shown),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        subplot_titles=[plain(shortened(name, 84 // len(shown))) for name in shown],
     )
     for column, segment in enumerate(shown, start=1):
         for name, trials, marker in _groups(tuned):
@@ -42,9 +58,11 @@ def plot_search(tuned: Tuned[Any]) -> Figure:
                 col=column,
             )
     left = f"; the first {len(shown)} of {len(segments)} segments" if segments != shown else ""
-    told = f"n = {len(tuned.trials)} trials{left}"
+    told = f"n = {number_of(len(tuned.trials), 'trial')}{left}"
     styled(figure, "Coefficient against objective", told=told, height=440, panels=True)
-    figure.update_xaxes(title="coefficient", rangemode="tozero")
+    drawn = [coeff for trial in tuned.trials for coeff in trial.coeffs.values()]
+    room = 0.04 + 0.015 * len(shown)
+    figure.update_xaxes(title="coefficient", range=with_zero(drawn, room=room))
     figure.update_yaxes(title="objective", col=1)
     figure.update_layout(margin_b=100, legend=BELOW)
     rows = tuple(
@@ -84,7 +102,8 @@ def plot_front(tuned: Tuned[Any]) -> Figure:
             hovertemplate="trial %{customdata}<br>perplexity %{x:.2f}<br>overlap %{y:.2f}",
         )
     unscored = len(tuned.trials) - len(scored)
-    told = f"n = {len(scored)} trials" + (f"; {unscored} unscored" if unscored else "")
+    told = f"n = {number_of(len(scored), 'trial')}"
+    told += f"; {unscored} unscored" if unscored else ""
     styled(figure, "Overlap against perplexity", told=told)
     perplexities = [each.outcome.perplexity for each in scored]
     figure.update_xaxes(title="perplexity of the completion", **logarithmic(perplexities))
@@ -108,13 +127,13 @@ def plot_importance(tuned: Tuned[Any]) -> Figure:
     found = tuned.importances()
     if not found:
         raise SearchError(
-            "importances need at least two trials of different objectives, but got none; "
-            "take more trials or wider coefficients."
+            "importances need at least two trials of different objectives, but all objectives are "
+            "equal; take more trials or wider coefficients."
         )
     figure = go.Figure()
     figure.add_bar(
         x=list(found.values()),
-        y=list(found),
+        y=[plain(name) for name in found],
         orientation="h",
         marker_color=MORE,
         text=[f"{value:.0%}" for value in found.values()],
@@ -126,17 +145,19 @@ def plot_importance(tuned: Tuned[Any]) -> Figure:
         figure,
         "Importance of each coefficient for a good trial",
         told=f"PED-ANOVA on n = {n} trials; the shares sum to 1",
-        height=150 + 40 * len(found),
+        height=170 + 28 * len(found),
     )
-    figure.update_xaxes(title="share", range=[0, 1.1], tickformat=".0%")
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(
+        title="share", range=[0, 1.15 * max(found.values()) or 1.0], tickformat=".0%"
+    )
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True, ticklabelstandoff=6)
     return Figure("importance", figure, ("parameter", "share"), tuple(found.items()))
 
 
 def _groups(tuned: Tuned[Any]) -> list[tuple[str, list[Trial[Any]], dict[str, Any]]]:
     zero = tuned.unsteered
-    plain = [each for each in tuned.trials if each is not tuned.best and each is not zero]
-    groups: list[tuple[str, list[Trial[Any]], dict[str, Any]]] = [("trial", plain, _TRIAL)]
+    others = [each for each in tuned.trials if each is not tuned.best and each is not zero]
+    groups: list[tuple[str, list[Trial[Any]], dict[str, Any]]] = [("trial", others, _TRIAL)]
     if zero is not None:
         groups.append(("unsteered", [zero], _ZERO))
     chosen = "chosen trial: unsteered" if tuned.zero_won else "chosen trial"

@@ -43,21 +43,27 @@ def test_bars_are_the_top_features_by_sign_and_the_error_below_them(saes: Attrib
     assert bars.x[5] == pytest.approx(float(error))
     colours = ["#0072b2" if each.effect > 0 else "#d55e00" for each in top]
     assert list(bars.marker.color) == [*colours, "#8c8c8c"]
-    for name, each in zip(bars.y, top, strict=False):
+    axis = figure.figure.layout.yaxis
+    assert bars.y == axis.tickvals == (0, 1, 2, 3, 4, 5)
+    assert axis.ticktext == bars.hovertext
+    assert axis.ticktext[5] == "norm of the error, in no feature"
+    for name, each in zip(axis.ticktext, top, strict=False):
         label = " river" if each.dictionary == "sae 1" else ""
         assert name == f"L{each.layer} #{each.feature}{label}"
     assert figure.title == "Features of the injected change, effect in residual units"
     assert figure.figure.layout.title.subtitle.text == (
         f"relative error {saes.relative_error:.2f}, cosine {saes.cosine:.2f}; means over "
-        f"{sum(saes.counted)} tokens; layers without a dictionary: 2"
+        f"n = {sum(saes.counted)} tokens; layers without a dictionary: 2"
     )
     assert [row[2] for row in figure.rows] == [each.feature for each in top]
 
 
 def test_a_layers_row_of_saes_are_its_own_largest_features_by_rank(saes: Attribution) -> None:
-    (grid,) = plot_layer_features(saes, 3).figure.data
+    figure = plot_layer_features(saes, 3).figure
+    (grid,) = figure.data
     assert list(grid.y) == ["layer 0", "layer 1", "layer 3"]
-    assert list(grid.x) == ["rank 1", "rank 2", "rank 3"]
+    assert grid.x == figure.layout.xaxis.tickvals
+    assert figure.layout.xaxis.ticktext == ("rank 1", "rank 2", "rank 3")
     for row, effects in zip(grid.z, saes.effects, strict=True):
         assert list(row) == [each.effect for each in effects.top(3)]
     # white is 0
@@ -65,11 +71,12 @@ def test_a_layers_row_of_saes_are_its_own_largest_features_by_rank(saes: Attribu
 
 
 def test_a_layers_row_of_a_crosscoder_is_each_features_part_there(crosscoder: Attribution) -> None:
-    (grid,) = plot_layer_features(crosscoder, 4).figure.data
+    figure = plot_layer_features(crosscoder, 4).figure
+    (grid,) = figure.data
     effects = crosscoder.effects[0]
     top = crosscoder.top(4)
     assert list(grid.y) == ["layer 0", "layer 3"]
-    assert list(grid.x) == [f"#{each.feature}" for each in top]
+    assert list(figure.layout.xaxis.ticktext) == [f"#{each.feature}" for each in top]
     for column, each in enumerate(top):
         part = effects.contributions[effects.place(each.feature)].norm(dim=-1)
         assert [abs(row[column]) for row in grid.z] == pytest.approx(part.tolist(), rel=1e-4)
@@ -78,18 +85,19 @@ def test_a_layers_row_of_a_crosscoder_is_each_features_part_there(crosscoder: At
 def test_every_token_has_a_readable_tick_and_its_own_effects(crosscoder: Attribution) -> None:
     figure = plot_token_features(crosscoder, 3)
     (grid,) = figure.figure.data
-    ticks = figure.figure.layout.xaxis.ticktext
+    ticks = figure.figure.layout.yaxis.ticktext
     assert len(ticks) == len(crosscoder.str_tokens)
     assert ticks[0] == f"({visible(crosscoder.str_tokens[0])})"
     counted = [not tick.startswith("(") for tick in ticks]
     assert counted == list(crosscoder.counted)
     effects = crosscoder.effects[0]
-    for row, each in zip(grid.z, crosscoder.top(3), strict=True):
-        assert list(row) == effects.token_effects[:, effects.place(each.feature)].tolist()
+    for column, each in zip(zip(*grid.z, strict=True), crosscoder.top(3), strict=True):
+        assert list(column) == effects.token_effects[:, effects.place(each.feature)].tolist()
 
 
 def test_tokens_show_white_space_and_are_no_html() -> None:
     assert visible(" a\n\t<b>&") == "·a⏎⇥&lt;b&gt;&amp;"
+    assert visible("x" * 200) == f"{'x' * 16}…{'x' * 7}"
 
 
 def test_a_long_label_is_cut() -> None:

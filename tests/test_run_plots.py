@@ -6,7 +6,7 @@ import pytest
 from records import LOVELACE, arm, comparison, interval, make_results, summary, tuned
 
 from fusion_lens.pictures import Figure
-from fusion_lens.plots import (
+from fusion_lens.run_plots import (
     ARM_COLOURS,
     plot_coeffs,
     plot_reach,
