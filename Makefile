@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint types figures atlas-probes bench bench-long bench-features clean
+.PHONY: run test test-pages lint types figures notebooks atlas-probes bench bench-long bench-features clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest
+
+# what opens a kernel or a browser
+test-pages: $(STAMP)
+	$(BIN)/python -m pytest -m pages
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -22,6 +26,9 @@ types: $(STAMP)
 figures: $(STAMP)
 	test -f runs/atlas/summary.json || $(MAKE) run
 	$(BIN)/python figures/make.py runs/atlas
+
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py
 
 atlas-probes: $(STAMP)
 	$(BIN)/python -m fusion_lens.atlas.probes
