@@ -6,6 +6,7 @@ import pytest
 from records import LOVELACE, arm, comparison, interval, make_results, summary, tuned
 
 from fusion_lens.pictures import Figure
+from fusion_lens.results import Results, Summary
 from fusion_lens.run_plots import (
     ARM_COLOURS,
     plot_coeffs,
@@ -13,7 +14,6 @@ from fusion_lens.run_plots import (
     plot_scores,
     run_figures,
 )
-from fusion_lens.results import Results, Summary
 
 
 def traces(figure: Figure, kind: str) -> list:
