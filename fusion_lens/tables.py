@@ -82,8 +82,8 @@ class Section:
     def _repr_html_(self) -> str:
         return self.to_html()
 
-    def __rich__(self) -> Table:
-        return self.to_table()
+    def __rich__(self) -> Group:
+        return self.to_rich()
 
     def _side(self, column: int) -> str:
         return "right" if column > 0 and self.header[column] not in _LEFT else "left"
