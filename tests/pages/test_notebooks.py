@@ -68,7 +68,7 @@ def test_it_runs_in_less_than_a_minute_and_says_what_is_stored(
 ) -> None:
     made, seconds = execute.executed(path)
     with capsys.disabled():
-        print(f"\n{path.stem}: {seconds:.1f} s")  # noqa: T201
+        print(f"\n{path.stem}: {seconds:.1f} s")
     for now, before in zip(told(made), told(stored(path)), strict=True):
         assert [kind for kind, _ in now] == [kind for kind, _ in before]
         for (_, text), (_, kept) in zip(now, before, strict=True):
