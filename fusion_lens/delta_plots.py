@@ -102,7 +102,7 @@ def plot_norm_map(questions: Questions) -> Figure:
     """Question against layer: the norm of the delta relative to the residual it starts from, the
     question of the largest mean on top."""
     norms = _norms(questions)
-    names = sorted(norms, key=lambda name: sum(_finite(norms[name].relative)))
+    names = sorted(norms, key=lambda name: _mean(norms[name].relative))
     layers = list(range(_n_layers(norms)))
     figure = go.Figure()
     figure.add_heatmap(
@@ -289,6 +289,11 @@ def _quartiles(values: Sequence[float]) -> list[float | None]:
     """Of those that are finite: a base of 0 has no relative norm."""
     finite = _finite(values)
     return np.quantile(finite, (0.25, 0.5, 0.75)).tolist() if finite else [None] * 3
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = _finite(values)
+    return sum(finite) / max(1, len(finite))
 
 
 def _finite(values: Sequence[float]) -> list[float]:

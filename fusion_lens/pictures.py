@@ -131,7 +131,7 @@ def logarithmic(values: Sequence[float], *, most: int = 9) -> dict[str, Any]:
 
 def with_zero(values: Sequence[float], *, room: float) -> list[float]:
     """The range of an axis that holds the values and 0, and `room` of it on either side."""
-    low, high = min(0.0, *values), max(0.0, *values)
+    low, high = min([0.0, *values]), max([0.0, *values])
     left = room * (high - low) or 1.0
     return [low - left, high + left]
 

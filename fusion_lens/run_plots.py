@@ -128,7 +128,7 @@ def plot_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
         figure.add_vline(x=0, line={"color": _OTHER, "width": 1, "dash": "dot"}, col=column)
     first = plain(comparisons[0]["a"])
     n = number_of(max(each["n"] for each in comparisons), "pair")
-    told = f"n = {n}, 95 % cluster bootstrap; filled where Holm's p < {_ALPHA}"
+    told = f"n = {n}, 95 % cluster bootstrap; filled where Holm's p is below {_ALPHA}"
     styled(
         figure, f"{first} minus another arm", told=told, height=180 + 34 * len(others), panels=True
     )

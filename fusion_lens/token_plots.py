@@ -72,7 +72,8 @@ def plot_tokens(captured: Marked, steered: Marked) -> Figure:
             for t, token in enumerate(text.tokens)
         ]
         blocks.append((heading, tiles))
-    n = f"{len(captured.marked)} tokens captured, {len(steered.marked)} of the prompt steered"
+    n = f"{number_of(len(captured.marked), 'token')} captured, "
+    n += f"{len(steered.marked)} of the prompt steered"
     figure, rows = _tiled(blocks, "What is captured and what is steered", n)
     return Figure("tokens", figure, ("text", "position", "token", "marked"), rows)
 
@@ -112,7 +113,7 @@ def plot_token_shifts(traces: Sequence[Trace]) -> Figure:
         mode="markers",
         showlegend=False,
         marker={
-            "colorscale": [[0.0, _colour(-1)], [0.5, _colour(0)], [1.0, _colour(1)]],
+            "colorscale": [[0.0, _colour(-1.0)], [0.5, _colour(0.0)], [1.0, _colour(1.0)]],
             "cmin": -most,
             "cmax": most,
             "color": [0],
@@ -209,6 +210,7 @@ def _tiled(
     figure = go.Figure()
     y = 0.0
     x_text, y_text, texts, hovers = [], [], [], []
+    shapes: list[dict[str, Any]] = []
     for heading, tiles in blocks:
         figure.add_annotation(
             x=0, y=y - 0.5, text=plain(heading), showarrow=False, xanchor="left", font_size=13
@@ -220,15 +222,17 @@ def _tiled(
                 width = max(_width(shown), 1) + _PADDING
                 if column and column + width > _COLUMNS:
                     column, y = 0.0, y - 1
-                figure.add_shape(
-                    type="rect",
-                    x0=column,
-                    x1=column + width - 0.25,
-                    y0=y - 0.9,
-                    y1=y - 0.1,
-                    fillcolor=tile.colour,
-                    line={"width": 1, "color": "#c8c8c8"},
-                    layer="below",
+                shapes.append(
+                    {
+                        "type": "rect",
+                        "x0": column,
+                        "x1": column + width - 0.25,
+                        "y0": y - 0.9,
+                        "y1": y - 0.1,
+                        "fillcolor": tile.colour,
+                        "line": {"width": 1, "color": "#c8c8c8"},
+                        "layer": "below",
+                    }
                 )
                 x_text.append(column + (width - 0.25) / 2)
                 y_text.append(y - 0.5)
@@ -248,7 +252,9 @@ def _tiled(
         hovertemplate="%{customdata}<extra></extra>",
         showlegend=False,
     )
-    height = 110 + int(-y * _LINE)
+    # all at once: add_shape looks at those before it, which takes 20 s for 400
+    figure.update_layout(shapes=shapes)
+    height = 110 + round(-y * _LINE)
     styled(figure, title, told=told, height=height)
     hidden = {"visible": False, "fixedrange": True}
     figure.update_xaxes(range=[-0.5, _COLUMNS + 0.5], **hidden)

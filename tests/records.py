@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
+from fusion_lens.deltas import Deltas
 from fusion_lens.details import Detail, FeatureShare, Marked, Trace
+from fusion_lens.models import ModelIdentity
+from fusion_lens.prompts import Layout
 from fusion_lens.results import Result, Results, Summary
 from fusion_lens.scores import label_figures
+from fusion_lens.search import Coeffs, Search, SearchConfig, Tuned
 from fusion_lens.statistics import Comparison, Interval
 
 LOVELACE = Result(
@@ -83,6 +90,33 @@ def arm(**metrics: dict[str, Any]) -> dict[str, Any]:
         "kl_unrelated": interval(0.0625, 0.03125, 0.125),
     }
     return {"n": 12, "unscored": 0, "labels": LABELS, "clusters": 6, "metrics": shown | metrics}
+
+
+def deltas(vectors: Any, base: Any) -> Deltas:
+    """Those of a question whose `vectors` are these."""
+    change, mu = torch.as_tensor(vectors), torch.as_tensor(base)
+    shape = (change.shape[0], change.shape[1])
+    model = ModelIdentity("made", "bridge", "unprocessed", *shape, "float32", "w", "e")
+    return Deltas(reference=mu + change, base=mu, layout=Layout(3, ()), model=model)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """What a search has to know of a trial."""
+
+    objective: float
+    overlap: float | None = 0.5
+    perplexity: float | None = 20.0
+
+
+def searched(score: Callable[[Coeffs], Toy], segments: Sequence[str], **options: Any) -> Tuned[Toy]:
+    """One search from its first round to its last; the norm is the sum of the coefficients."""
+    search: Search[Toy] = Search(
+        segments, SearchConfig(**options), lambda coeffs: sum(coeffs.values())
+    )
+    while not search.done:
+        search.tell([score(coeffs) for coeffs in search.ask()])
+    return search.result()
 
 
 def comparison(b: str, metric: str, diff: float | None, **more: object) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fusion_lens.decoding import Completion
-from fusion_lens.graders import grade
+from fusion_lens.graders import Graded, grade
 from fusion_lens.questions import Question
 
 
@@ -44,3 +44,46 @@ def test_an_alias_is_right_and_an_unscored_perplexity_costs_a_full_term() -> Non
     assert graded.exact_match == 1.0
     assert graded.perplexity is None
     assert graded.objective == -0.3
+
+
+ASKED = Question(id="q", question="Who wrote it?", answer="Ada Lovelace")
+
+
+def graded(text: str, perplexity: float | None = 50.0) -> Graded:
+    nll = None if perplexity is None else math.log(perplexity)
+    return grade(ASKED, Completion(text, (5,), ended=True), nll)
+
+
+def test_two_completions_stand_beside_each_other_with_the_words_marked_that_differ() -> None:
+    steered, unsteered = graded("\nAda Lovelace", 20.0), graded("Ada <b>\n")
+    table = steered.beside(unsteered, "Who?", ("a note",))
+    assert (table.title, table.notes) == ("Who?", ("a note",))
+    assert table.header == ("", "unsteered", "steered")
+    assert table.rows == (
+        ("text", [("Ada ", False), ("<b>", True)], [("Ada ", False), ("Lovelace", True)]),
+        ("exact match", "no", "yes"),
+        ("overlap", "0.50", "1.00"),
+        ("perplexity", "50.00", "20.00"),
+        ("objective", "+0.200", "+0.640"),
+    )
+    page = table.to_html()
+    assert "Ada <mark>&lt;b&gt;</mark>" in page
+    assert "<b>" not in page
+
+
+def test_without_an_unsteered_completion_its_column_is_empty() -> None:
+    table = graded("Ada Lovelace").beside(None, "Who?")
+    assert table.rows == (
+        ("text", "", "Ada Lovelace"),
+        ("exact match", "", "yes"),
+        ("overlap", "", "1.00"),
+        ("perplexity", "", "50.00"),
+        ("objective", "", "+0.550"),
+    )
+    assert table.notes == ()
+
+
+def test_what_is_unscored_says_so_beside_a_score() -> None:
+    table = graded("Ada", None).beside(graded("", 50.0), "Who?")
+    assert table.rows[0] == ("text", [], [("Ada", True)])
+    assert {name: cells for name, *cells in table.rows}["perplexity"] == ["50.00", "unscored"]

@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 from records import arm, make_results
 
 from fusion_lens import pictures
-from fusion_lens.errors import OutputError
-from fusion_lens.pictures import write_figures
-from fusion_lens.plots import plot_scores, run_figures
+from fusion_lens.errors import ConfigError, OutputError
+from fusion_lens.pictures import (
+    Figure,
+    centred,
+    error_bars,
+    logarithmic,
+    number_of,
+    plain,
+    shortened,
+    visible,
+    with_zero,
+    write_figures,
+)
+from fusion_lens.run_plots import plot_scores, run_figures
 
 NAMES = ("scores", "reach", "coeffs", "delta_norms", "norm_map", "generic_share")
 
@@ -96,3 +109,94 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{place} must be writable, but got: Not a directory; choose another place."
     )
+
+
+def test_an_unknown_look_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plot_scores({"full": arm()}).look("sepia")
+    assert str(caught.value) == "look must be one of light, dark, but got 'sepia'."
+
+
+def test_what_is_no_finite_number_is_null_in_the_data() -> None:
+    rows = ((1, math.inf, "inf"), (2, math.nan, None), (3, -math.inf, True))
+    figure = Figure("x", go.Figure(layout={"title": "A"}), ("n", "value", "more"), rows)
+    assert figure.to_dict() == {
+        "title": "A",
+        "columns": ["n", "value", "more"],
+        "rows": [[1, None, "inf"], [2, None, None], [3, None, True]],
+    }
+
+
+def test_plain_text_is_neither_markup_nor_mathematics() -> None:
+    assert plain('<b title="x">$1 & $2</b>') == ('&lt;b title="x"&gt;&#36;1 &amp; &#36;2&lt;/b&gt;')
+
+
+def test_white_space_has_signs_and_what_has_no_shape_is_escaped() -> None:
+    assert visible(" a\n\t") == "·a⏎⇥"
+    assert visible("\r\x00\xa0\u200b\u202e\ud800") == r"\r\x00\xa0\u200b\u202e\ud800"
+    # joiners shape their neighbours, accents their letter
+    assert visible("👩\u200d👧 e\u0301") == "👩\u200d👧·e\u0301"
+
+
+@pytest.mark.parametrize("most", [2, 3, 10, 24])
+def test_names_keep_both_their_ends(most: int) -> None:
+    assert shortened("x" * most, most) == "x" * most
+    cut = shortened("0123456789" * 9, most)
+    assert len(cut) == most
+    head, tail = cut.split("…")
+    assert ("0123456789" * 9).startswith(head)
+    assert ("0123456789" * 9).endswith(tail)
+
+
+def test_one_is_no_plural() -> None:
+    assert [number_of(n, "trial") for n in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]
+
+
+@pytest.mark.parametrize(
+    ("values", "inside"),
+    [
+        ([5.0, 60.0], [5, 10, 20, 30, 50]),
+        ([1.0, 30_000.0], [1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000]),
+        ([1.0, 1e8], [10.0**n for n in range(9)]),
+        ([100.0], [100]),
+        ([7.0, 7.0], []),
+    ],
+    ids=str,
+)
+def test_a_logarithmic_axis_has_few_ticks_all_in_full(
+    values: list[float], inside: list[float]
+) -> None:
+    axis = logarithmic(values, most=10)
+    ticks = axis["tickvals"]
+    assert [t for t in ticks if min(values) <= t <= max(values)] == pytest.approx(inside)
+    if len(set(values)) == 1:  # plotly widens a range of one value to both sides
+        assert min(ticks) < values[0] < max(ticks)
+    assert axis["ticktext"] == [f"{tick:,.12g}" for tick in ticks]
+    assert "e" not in "".join(axis["ticktext"])
+
+
+def test_no_value_has_an_axis_all_the_same() -> None:
+    axis = logarithmic([])
+    assert [t for t in axis["tickvals"] if 1 <= t <= 10] == [1.0, 2.0, 3.0, 5.0, 10.0]
+
+
+def test_an_axis_with_zero_holds_all_values_and_room() -> None:
+    assert with_zero([1.0, 2.0], room=0.25) == [-0.5, 2.5]
+    assert with_zero([-1.0], room=0.5) == [-1.5, 0.5]
+    assert with_zero([], room=0.5) == with_zero([0.0], room=0.5) == [-1.0, 1.0]
+
+
+def test_a_scale_is_white_at_zero_and_has_a_width() -> None:
+    scale = centred([[1.0, -3.0], [None, 2.0]], "effect")
+    assert (scale["zmin"], scale["zmax"]) == (-3.0, 3.0)
+    assert scale["colorscale"][1] == [0.5, "#ffffff"]
+    for nothing in ([], [[None]], [[0.0, 0.0]]):
+        assert (centred(nothing, "x")["zmin"], centred(nothing, "x")["zmax"]) == (-1.0, 1.0)
+
+
+def test_bars_reach_from_the_mean_to_both_ends() -> None:
+    metrics = [
+        {"mean": 1.0, "low": 0.5, "high": 3.0},
+        {"mean": 1.0, "low": None, "high": None},
+    ]
+    assert error_bars(metrics) == {"type": "data", "array": [2.0, 0.0], "arrayminus": [0.5, 0.0]}

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 from records import LOVELACE, arm, comparison, interval, make_results, summary, tuned
 
+from fusion_lens.errors import ConfigError
 from fusion_lens.pictures import Figure
 from fusion_lens.results import Results, Summary
 from fusion_lens.run_plots import (
     ARM_COLOURS,
     plot_coeffs,
+    plot_differences,
     plot_reach,
     plot_scores,
     run_figures,
@@ -143,3 +145,71 @@ def test_a_run_has_the_figures_it_has_data_for() -> None:
     )
     untuned = Results((LOVELACE,), Summary(summary(baseline=arm(**nothing))))
     assert [figure.name for figure in run_figures(untuned)] == ["scores"]
+
+
+def test_differences_are_points_with_their_intervals_filled_where_they_are_sure() -> None:
+    figure = plot_differences(
+        [
+            comparison("baseline", "objective", 0.5),
+            comparison("full", "objective", -0.25, p_holm=0.05, n=11),
+            comparison("baseline", "overlap", 0.25, p_holm=None, low=None, high=None),
+            comparison("full", "overlap", None, n=0),
+            comparison("full", "exact_match", 1.0),
+        ]
+    )
+    # diff - 0.25 to diff + 0.125
+    assert points(figure) == {
+        ("baseline", "x"): (0.5, 0.125, 0.25),
+        ("full", "x"): (-0.25, 0.125, 0.25),
+        ("baseline", "x2"): (0.25, 0.0, 0.0),
+    }
+    assert [(trace.marker.symbol, trace.marker.color) for trace in figure.figure.data] == [
+        ("circle", ARM_COLOURS["baseline"]),
+        ("circle-open", ARM_COLOURS["full"]),
+        ("circle-open", ARM_COLOURS["baseline"]),
+    ]
+    titles = [note.text for note in figure.figure.layout.annotations]
+    assert titles == ["objective", "overlap with gold"]
+    # a line at no difference in either panel
+    assert [(line.x0, line.x1, line.xref) for line in figure.figure.layout.shapes] == [
+        *((0, 0, "x"), (0, 0, "x2")),
+    ]
+    assert list(figure.figure.layout.yaxis.categoryarray) == ["full", "baseline"]
+    assert figure.title == "segmented minus another arm"
+    assert told(figure) == (
+        "n = 12 pairs, 95 % cluster bootstrap; filled where Holm's p is below 0.05"
+    )
+    assert figure.columns == ("minus", "metric", "diff", "low", "high", "p_holm", "n")
+    assert figure.rows == (
+        ("baseline", "objective", 0.5, 0.25, 0.625, 0.02, 12),
+        ("full", "objective", -0.25, -0.5, -0.125, 0.05, 11),
+        ("baseline", "overlap", 0.25, None, None, None, 12),
+    )
+
+
+@pytest.mark.parametrize(
+    "nothing", [[], [comparison("full", "overlap", None)], [comparison("x", "nll", 1.0)]], ids=len
+)
+def test_without_a_difference_there_is_no_such_figure(nothing: list) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plot_differences(nothing)
+    assert str(caught.value) == (
+        "there must be a difference in one of objective, overlap, transfer_exact_match to "
+        "show, but got none."
+    )
+    results = make_results()
+    made = replace(results, summary=Summary(results.summary | {"comparisons": nothing}))
+    assert "differences" not in [figure.name for figure in run_figures(made)]
+
+
+def test_many_points_are_a_box_alone() -> None:
+    arms = make_results().summary["arms"]
+    for n, shown in ((200, "all"), (201, False)):
+        records = [tuned(f"q{i}", 1.0, 0.5) for i in range(n)]
+        assert {box.boxpoints for box in plot_coeffs(records, arms).figure.data} == {shown}
+
+
+def test_coefficients_are_on_an_axis_that_holds_zero() -> None:
+    figure = plot_coeffs([tuned("a", 1.0, 0.5)], make_results().summary["arms"])
+    assert figure.figure.layout.xaxis.range == pytest.approx((-0.02, 1.02))
+    assert told(figure).startswith("n = 1 question; ")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from math import hypot
 from pathlib import Path
@@ -12,6 +12,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import Toy
 
 from fusion_lens.errors import ConfigError, SearchError
 from fusion_lens.search import (
@@ -24,15 +25,6 @@ from fusion_lens.search import (
 )
 
 SEGMENTS = ("early", "late")
-
-
-@dataclass(frozen=True)
-class Toy:
-    """What a search has to know of a trial."""
-
-    objective: float
-    overlap: float | None = 0.5
-    perplexity: float | None = 20.0
 
 
 def bowl(coeffs: Coeffs) -> Toy:
@@ -448,3 +440,67 @@ def test_a_search_shows_its_best_trials_the_chosen_one_first() -> None:
     objectives = [float(row[-4]) for row in table.rows]
     assert objectives == sorted(objectives, reverse=True)
     assert "the best of 12 trials" in made._repr_html_()
+
+
+def late_alone(coeffs: Coeffs) -> Toy:
+    return Toy(round(1 - abs(coeffs["late"] - 1.0), 6))
+
+
+@pytest.mark.parametrize("options", [{}, {"low": 0.25}, {"zero_first": False}], ids=str)
+def test_the_parameter_that_decides_alone_is_the_important_one(options: dict[str, object]) -> None:
+    # drawn at random: TPE's own draws gather where late is good, and early with it
+    found = tuned(late_alone, trials=80, sampler=random_sampler, **options).importances()
+    assert list(found) == ["late", "early"]
+    assert found["late"] > 0.9
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+def test_a_pair_has_an_importance_of_its_own_for_each_of_the_two() -> None:
+    found = tuned(
+        lambda coeffs: Toy(coeffs["late"]),
+        trials=80,
+        sampler=random_sampler,
+        parametrisation="alpha_gamma",
+    ).importances()
+    assert set(list(found)[:2]) == {"late.alpha", "late.gamma"}
+    assert set(found) == {"late.alpha", "late.gamma", "early.alpha", "early.gamma"}
+
+
+@pytest.mark.parametrize("options", [{}, {"low": 0.25}], ids=str)
+def test_in_a_pareto_search_too_importance_is_for_the_best_objectives(
+    options: dict[str, object],
+) -> None:
+    def score(coeffs: Coeffs) -> Toy:
+        # the overlap is all early's, the objective all late's
+        return replace(late_alone(coeffs), overlap=min(1.0, coeffs["early"] / 2))
+
+    search = tuned(score, trials=80, sampler=random_sampler, objectives="pareto", **options)
+    alone = tuned(score, trials=80, sampler=random_sampler, **options)
+    assert coeffs_of(search) == coeffs_of(alone)
+    assert search.importances() == pytest.approx(alone.importances())
+
+
+def test_importance_is_for_good_trials_and_not_for_bad_ones() -> None:
+    def score(coeffs: Coeffs) -> Toy:
+        # early decides who is among the worst, late who is among the best
+        return Toy(1.0 if coeffs["late"] > 1.35 else -float(coeffs["early"] < 0.15))
+
+    found = tuned(score, trials=100, sampler=random_sampler, objectives="pareto").importances()
+    assert list(found) == ["late", "early"]
+
+
+def test_equal_objectives_and_a_single_trial_tell_nothing_of_importance() -> None:
+    assert tuned(lambda _: Toy(0.5), trials=10).importances() == {}
+    assert tuned(trials=1).importances() == {}
+    # the zero plan outside the range has no parameters
+    assert tuned(trials=2, low=0.5).importances() == {}
+    assert sum(tuned(trials=2).importances().values()) == pytest.approx(1.0)
+
+
+def test_an_interrupted_search_leaves_the_round_in_flight_out_of_importances() -> None:
+    search: Search[Toy] = Search(SEGMENTS, SearchConfig(trials=30, round_size=5), norm)
+    for _ in range(3):
+        search.tell([late_alone(coeffs) for coeffs in search.ask()])
+    search.ask()
+    found = search.result(interrupted=True).importances()
+    assert found == tuned(late_alone, trials=15, round_size=5).importances()
