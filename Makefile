@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: run test test-pages docs lint types figures atlas-probes bench bench-long bench-features clean
+.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
@@ -30,6 +30,9 @@ figures: $(STAMP)
 	bash figures/chromium.sh
 	test -f runs/atlas/summary.json || $(MAKE) run
 	$(BIN)/python figures/make.py
+
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py
 
 atlas-probes: $(STAMP)
 	$(BIN)/python -m fusion_lens.atlas.probes

@@ -8,7 +8,6 @@ packages are imported inside the commands, so that `--help` is quick.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shlex
 import sys
@@ -615,8 +614,6 @@ def _load(
     from fusion_lens.models import load_model
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    # transformer-lens imports bitsandbytes wherever it is installed, and that tells what it lacks
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return load_model(model, dtype=dtype, device=device, load_in_8bit=load_in_8bit)
 
 

@@ -53,7 +53,15 @@ def plot_delta_norms(questions: Questions) -> Figure:
         faint = min(0.4, max(0.08, 10 / len(lines)))
         line = {"color": _FAINT.format(faint), "width": 1}
         hidden = {"showlegend": False, "row": 1, "col": column}
-        figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", **hidden)
+        figure.add_scatter(
+            x=x,
+            y=y,
+            text=[plain(name) for name in list(norms)[:_MOST_LINES] for _ in range(n_layers + 1)],
+            mode="lines",
+            line=line,
+            hovertemplate="%{text}<br>layer %{x}: %{y:.3g}<extra></extra>",
+            **hidden,
+        )
         low, middle, high = zip(*map(_quartiles, zip(*lines, strict=True)), strict=True)
         if len(norms) > 1:
             figure.add_scatter(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def load_model(
     if load_in_8bit and find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "bitsandbytes")
 
-    from transformer_lens.model_bridge import TransformerBridge
+    with _quiet_import():
+        from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 
     with opening(str(name_or_path), local=Path(source).is_dir()):
@@ -304,6 +306,19 @@ def forward(
 
 def _hook_points(model: Any) -> Mapping[str, Any]:
     return model.hook_dict  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """transformer-lens imports bitsandbytes wherever it is installed, and that tells which kernels
+    it lacks, whether or not anything is quantised."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _quantised(source: str, revision: str | None, device: str | None, dtype: torch.dtype) -> Any:

@@ -79,6 +79,12 @@ class Section:
             + "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         )
 
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def __rich__(self) -> Group:
+        return self.to_rich()
+
     def _side(self, column: int) -> str:
         return "right" if column > 0 and self.header[column] not in _LEFT else "left"
 

@@ -57,6 +57,7 @@ def test_stories260k_runs_through_run(command, stories_folder, questions, tmp_pa
     by_arm = {arm: c["metrics"]["overlap"]["mean"] for arm, c in results.summary["arms"].items()}
     assert by_arm["segmented"] > by_arm["baseline"] == 0.0
     assert (tmp_path / "run" / "figures" / "delta_norms.html").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
     assert len(list((tmp_path / "run" / "plans").iterdir())) == 4
     assert results.summary["questions"] == {
         "n": 2,

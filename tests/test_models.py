@@ -191,3 +191,14 @@ def test_a_token_keeps_its_space_and_special_ones_are_told() -> None:
     assert token_texts(model, tokens)[0] == "<s>"
     assert "".join(token_texts(model, tokens)[1:]) == " red book"
     assert token_texts(model, []) == ()
+
+
+def test_opening_a_model_in_a_fresh_interpreter_prints_nothing() -> None:
+    code = (
+        "import logging; from fusion_lens.models import load_model; load_model(); "
+        "print(logging.getLogger('bitsandbytes').level)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("0\n", "")

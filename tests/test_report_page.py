@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import re
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.offline
 import pytest
+from sample_runs import ARMS, HOSTILE, empty_run, hostile_run, large_run, run_summary, small_run
 
-from fusion_lens.pictures import Figure
+from fusion_lens import cli
+from fusion_lens.details import append_details
+from fusion_lens.errors import OutputError
+from fusion_lens.pictures import Figure, plain, styled
 from fusion_lens.report import closing_lines, sections
 from fusion_lens.report_data import details_table, packed, records_table
 from fusion_lens.report_page import _figure, html_report, main_arm, page_script
-from fusion_lens.results import Results, Summary
-from runs import ARMS, HOSTILE, hostile_run, large_run, run_summary, small_run
+from fusion_lens.results import Results, Summary, append_results, save_summary, write_text
 
 PAGE = Path(__file__).parents[1] / "fusion_lens" / "page"
 
@@ -101,6 +105,36 @@ def test_a_run_without_details_packs_none_and_knows_no_layers() -> None:
     assert details_table(older) == {"tokens": [], "questions": {}}
     assert records_table(older)["segments"] == {}
     assert "packed-details" in html_report(older)
+
+
+def test_a_run_without_questions_is_a_page_that_says_so() -> None:
+    page = html_report(empty_run())
+    assert "The run was interrupted" in page
+    assert contents(page, "records")["questions"]["id"] == []
+
+
+def test_report_writes_the_page_again_from_the_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = small_run()
+    append_results(tmp_path, results.records)
+    append_details(tmp_path, results.details)
+    save_summary(tmp_path, results.summary)
+    monkeypatch.setattr(sys, "argv", ["fusion-lens", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert (tmp_path / "report.html").read_text("utf-8") == html_report(results)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_page_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("earlier")
+    (tmp_path / "report.html.part").mkdir()
+    with pytest.raises(OutputError):
+        write_text(path, "later")
+    assert path.read_text() == "earlier"
 
 
 def test_numbers_are_packed_to_six_digits_and_the_same_content_to_the_same_text() -> None:
@@ -203,7 +237,7 @@ def test_figures_hold_no_markup_of_the_data(hostile: str) -> None:
         for trace in figure["spec"]["data"]
         for name in trace.get("text") or ()
     }
-    assert names == {html.escape(text, quote=False) for text in HOSTILE}
+    assert names == set(map(plain, HOSTILE))
 
 
 def test_every_file_of_the_page_is_used_and_ships() -> None:
@@ -232,36 +266,15 @@ def test_the_arm_that_is_read_first(arms: tuple[str, ...], expected: str) -> Non
     assert main_arm(run_summary(arms, 3)) == expected
 
 
-def drawn(*traces: dict[str, Any], title: str = "A title") -> dict[str, Any]:
-    figure = go.Figure(data=list(traces), layout={"title": {"text": title}, "margin": {"t": 90}})
-    return _figure(Figure("name", figure, (), ()))
-
-
-def test_a_figures_title_becomes_a_heading() -> None:
-    made = drawn(title="a &lt;b&gt;<br><sup>under it</sup>")
-    assert made["title"] == "a <b>  under it "
-    assert "title" not in made["spec"]["layout"]
-    assert made["spec"]["layout"]["margin"]["t"] == 50
-
-
-def test_many_faint_lines_become_one_that_still_names_each() -> None:
-    line = {"type": "scatter", "mode": "lines", "showlegend": False, "x": [0, 1]}
-    style = {"color": "red", "width": 1}
-    box = {"type": "box", "y": [1, 2]}
-    lines = [line | {"name": name, "y": [1, n], "line": style} for n, name in enumerate("ab")]
-    kept = line | {"name": "legend", "y": [5, 6], "showlegend": True}
-    joined, *others = drawn(*lines, box, kept)["spec"]["data"]
-    assert joined["x"] == [0, 1, None, 0, 1, None]
-    assert joined["y"] == [1, 0, None, 1, 1, None]
-    assert joined["text"] == ["a", "a", "a", "b", "b", "b"]
-    assert [trace["type"] for trace in others] == ["box", "scatter"]
-    assert others[1]["name"] == "legend"
-
-
-@pytest.mark.parametrize(("n", "expected"), [(300, "all"), (301, "outliers")])
-def test_a_box_of_hundreds_of_points_shows_its_outliers_only(n: int, expected: str) -> None:
-    (box,) = drawn({"type": "box", "y": list(range(n)), "boxpoints": "all"})["spec"]["data"]
-    assert box["boxpoints"] == expected
+def test_a_figures_title_becomes_a_heading_and_a_line_below_it() -> None:
+    figure = go.Figure({"data": [{"type": "box", "y": [1, 2]}]})
+    styled(figure, "a &lt;b&gt;", told="n = 2 &amp; more", height=300)
+    made = _figure(Figure("name", figure, (), ()))
+    assert (made["title"], made["told"]) == ("a <b>", "n = 2 & more")
+    assert made["height"] == 300 - 70
+    layout = made["spec"]["layout"]
+    assert {"title", "width", "height"}.isdisjoint(layout)
+    assert layout["margin"]["t"] == 30
 
 
 def test_a_thousand_questions_under_nine_arms_stay_below_15_megabytes() -> None:

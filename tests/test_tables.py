@@ -48,3 +48,14 @@ def test_a_terminal_shows_the_same_and_reads_no_markup() -> None:
 
 def test_markdown_holds_the_text_of_marked_cells() -> None:
     assert Shown().table().to_markdown().splitlines()[3] == "| b | - | same <b>new</b> |"
+
+
+def test_a_table_shows_itself_as_the_value_it_is_of_does() -> None:
+    table = Shown().table()
+    assert table._repr_html_() == Shown()._repr_html_()
+    texts = []
+    for shown in (table, Shown()):
+        console = Console(width=120, file=io.StringIO())
+        console.print(shown)
+        texts.append(console.file.getvalue())
+    assert texts[0] == texts[1]

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
+from sample_runs import HOSTILE, empty_run, hostile_run, large_run, small_run
 
 from fusion_lens.report_page import html_report
-from runs import HOSTILE, hostile_run, large_run, small_run
+from fusion_lens.run_plots import run_figures
 
 pytestmark = pytest.mark.pages
 
@@ -111,7 +112,7 @@ def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages with space")
-    made = {"small": small_run, "hostile": hostile_run, "large": large_run}
+    made = {"small": small_run, "hostile": hostile_run, "large": large_run, "empty": empty_run}
     for name, run in made.items():
         (folder / f"{name}.html").write_text(html_report(run()), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}
@@ -121,10 +122,11 @@ def test_every_figure_is_drawn_without_a_touch(open_page: Open) -> None:
     drawn = open_page().page.evaluate(
         "[...document.querySelectorAll('.plot')].map((plot) => ["
         " plot.querySelectorAll('svg.main-svg').length > 0,"
-        " plot.querySelectorAll('.point, .box, .js-line, .scatterlayer path').length])"
+        " plot.querySelectorAll("
+        "  '.point, .box, .js-line, .scatterlayer path, .heatmaplayer image').length])"
     )
-    assert len(drawn) == 4
-    assert all(svg and marks >= 2 for svg, marks in drawn)
+    assert len(drawn) == len(run_figures(small_run()))
+    assert all(svg and marks >= 1 for svg, marks in drawn)
 
 
 def test_a_search_narrows_to_what_any_arm_said_whatever_the_accents(open_page: Open) -> None:
@@ -256,6 +258,13 @@ def test_what_is_missing_is_said(open_page: Open) -> None:
     told = opened.page.text_content("#detail-body")
     assert "This run kept none of this question" in told
     assert "This arm failed on the question, or was not run." in told
+
+
+def test_a_run_without_questions_opens(open_page: Open) -> None:
+    opened = open_page("empty", at="#q=nobody")
+    assert opened.ids() == []
+    assert opened.page.text_content("#count") == "0 questions of 0 shown"
+    assert not opened.page.is_visible(".pager")
 
 
 def test_previous_and_next_go_through_what_is_shown_and_escape_gives_the_focus_back(

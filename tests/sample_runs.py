@@ -11,7 +11,7 @@ from typing import Any
 from records import LOVELACE, arm, interval, summary
 
 from fusion_lens.details import Detail, FeatureShare, Marked, Trace
-from fusion_lens.results import Provenance, Result, Results, Summary
+from fusion_lens.results import SCHEMA_VERSION, Provenance, Result, Results, Summary
 
 ARMS = (
     *("baseline", "best_of_n", "answer_in_prompt", "full", "segmented"),
@@ -67,6 +67,7 @@ def run_summary(arms: Sequence[str], n: int, **more: Any) -> Summary:
     for name in set(arms) & set(TUNED):
         contents[name] |= steered | {"coeffs_median": COEFFS.get(name, THIRDS)}
     made = summary(**contents) | {
+        "schema_version": SCHEMA_VERSION,
         "provenance": provenance(),
         "questions": {"n": n, "file": "file.jsonl", "split": "test", "available": 2 * n},
         "generic_share": {"median": 0.5, "n": n},
@@ -122,6 +123,11 @@ def small_run() -> Results:
     made = run_summary(("baseline", "full", "segmented"), 3, failures=[failure])
     empty = replace(detail("harris", arms=()), features=(), features_of=None, generic_share=None)
     return Results(records, made, (detail("lovelace", arms=("full", "segmented")), empty))
+
+
+def empty_run() -> Results:
+    """Interrupted before the first question was done."""
+    return Results((), run_summary((), 0, interrupted=True))
 
 
 def hostile_run() -> Results:
