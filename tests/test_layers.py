@@ -15,10 +15,10 @@ ROOT = Path(fusion_lens.__file__).parent
 LAYERS = (
     {"errors", "operators", "progress", "differences"},
     {
-        *{"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
-        *{"pictures", "tables"},
+        *{"values", "published", "hub", "judge_cache", "tensor_files"},
+        *{"pictures", "tables", "record_files"},
     },
-    {"scores"},
+    {"scores", "question_layouts"},
     {"claims"},
     {"golds"},
     {"questions", "models", "llama", "judges"},
