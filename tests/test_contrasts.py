@@ -61,7 +61,7 @@ def some(kinds: Sequence[str] = KINDS, parts: Sequence[str] = PARTS, n: int = 2)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(own=records(PAIR_FIELDS))
 def test_pairs_saved_are_pairs_loaded_whatever_the_letters(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, own: list[dict[str, Any]]
@@ -73,7 +73,7 @@ def test_pairs_saved_are_pairs_loaded_whatever_the_letters(
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(own=records(EXAMPLE_FIELDS))
 def test_examples_saved_are_examples_loaded_whatever_the_letters(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, own: list[dict[str, Any]]
