@@ -31,6 +31,10 @@ class QuestionError(FusionLensError, ValueError):
     """A question lacks something that every question must have."""
 
 
+class ContrastError(FusionLensError, ValueError):
+    """A pair or example lacks something, or a set of them is not fit to be learned from."""
+
+
 class SpanError(FusionLensError, ValueError):
     """The tokens of an answer cannot be found in a text."""
 

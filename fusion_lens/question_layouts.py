@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusion_lens.errors import QuestionError
-
-Layout = Callable[[Mapping[str, str], int], dict[str, Any]]
+from fusion_lens.record_files import Layout
 
 
 def layout_of(header: Sequence[str]) -> Layout | None:

@@ -8,23 +8,27 @@ are ignored. A header of a published data set is recognised (`question_layouts`)
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import ConfigError, InputFileError, OutputError, QuestionError, one_of
+from fusion_lens.errors import ConfigError, InputFileError, QuestionError, one_of
 from fusion_lens.question_layouts import layout_of
+from fusion_lens.record_files import (
+    NOT_JSON,
+    jsonl_line,
+    load_records,
+    require_utf8,
+    write_text,
+)
 from fusion_lens.tables import Section, Shows
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
 _LIST_FIELDS = ("aliases", "paraphrases")
-# malformed, a number of thousands of digits, brackets nested too deeply
-_NOT_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +92,12 @@ def load_questions(path: str | Path) -> list[Question]:
         InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names
             the line.
     """
-    path = Path(path)
-    readers = {".jsonl": _jsonl_records, ".csv": _csv_records, ".tsv": _csv_records}
-    if path.suffix not in readers:
-        raise InputFileError(path, f"must end in .jsonl, .csv or .tsv, but got {path.suffix!r}")
-    lines: dict[str, int] = {}
-    questions: list[Question] = []
-    try:
-        for line, record in readers[path.suffix](path):
-            question = _question_from(path, line, record)
-            if question.id in lines:
-                raise InputFileError(
-                    path,
-                    f"id {question.id!r} must be unique, but line {lines[question.id]} has it",
-                    line,
-                )
-            lines[question.id] = line
-            questions.append(question)
-    except OSError as error:
-        raise InputFileError(path, f"cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputFileError(path, f"must be UTF-8 text: {error.reason}") from error
-    if not questions:
-        raise InputFileError(path, "must hold at least one question, but holds none")
-    return questions
+    return load_records(
+        path,
+        _question_from,
+        noun="question",
+        layout_of=lambda header: layout_of(header) or _own_layout,
+    )
 
 
 def save_questions(questions: Iterable[Question], path: str | Path) -> None:
@@ -120,11 +106,7 @@ def save_questions(questions: Iterable[Question], path: str | Path) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
-    path = Path(path)
-    try:
-        path.write_text("".join(map(_line, questions)), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+    write_text(path, "".join(map(_line, questions)))
 
 
 def questions_digest(questions: Iterable[Question]) -> str:
@@ -212,49 +194,7 @@ def stratified(
 
 
 def _line(question: Question) -> str:
-    record = {key: value for key, value in asdict(question).items() if value not in (None, ())}
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except _NOT_JSON as error:
-                reason = getattr(error, "msg", error)
-                raise InputFileError(path, f"must be JSON: {reason}", line) from error
-            if not isinstance(record, dict):
-                raise InputFileError(
-                    path, f"must be a JSON object, but got {type(record).__name__}", line
-                )
-            yield line, record
-
-
-def _csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    # spreadsheets begin their CSV with a byte order mark, which would hide the first column
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        delimiter = "\t" if "\t" in file.readline() else ","
-        file.seek(0)
-        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-        try:
-            layout = layout_of(reader.fieldnames or ()) or _own_layout
-            for number, record in enumerate(reader, start=1):
-                if None in record or None in record.values():
-                    raise InputFileError(
-                        path, "must have as many cells as the header has columns", reader.line_num
-                    )
-                try:
-                    cells = layout(record, number)
-                except QuestionError as error:
-                    raise InputFileError(path, str(error), reader.line_num) from error
-                yield reader.line_num, cells
-        except csv.Error as error:
-            # DictReader's own line_num stays at the last row that could be read
-            line = reader.reader.line_num
-            raise InputFileError(path, f"must be CSV: {error}", line) from error
+    return jsonl_line(asdict(question))
 
 
 def _own_layout(row: Mapping[str, str], number: int) -> dict[str, Any]:
@@ -268,7 +208,7 @@ def _csv_value(key: str, cell: str) -> object:
         return []
     try:
         return json.loads(cell)
-    except _NOT_JSON:
+    except NOT_JSON:
         return cell
 
 
@@ -304,9 +244,7 @@ def _question_from(path: Path, line: int, record: Mapping[str, Any]) -> Question
         raise InputFileError(path, str(error), line) from error
     try:
         question = Question(**fields)
-        _line(question).encode()  # JSON can spell half a surrogate pair, which no tokenizer takes
     except QuestionError as error:
         raise InputFileError(path, str(error), line) from error
-    except UnicodeEncodeError as error:
-        raise InputFileError(path, f"must be UTF-8 text: {error.reason}", line) from error
+    require_utf8(path, line, _line(question))
     return question

@@ -21,6 +21,7 @@ REFINED = {
     "ActivationError": ValueError,
     "ConfigError": ValueError,
     "ContextLengthError": ValueError,
+    "ContrastError": ValueError,
     "DictionaryError": ValueError,
     "HookNameError": LookupError,
     "InputFileError": ValueError,

@@ -15,13 +15,13 @@ ROOT = Path(fusion_lens.__file__).parent
 LAYERS = (
     {"errors", "operators", "progress", "differences"},
     {
-        *{"values", "question_layouts", "published", "hub", "judge_cache", "tensor_files"},
-        *{"pictures", "tables"},
+        *{"values", "published", "hub", "judge_cache", "tensor_files"},
+        *{"pictures", "tables", "record_files"},
     },
-    {"scores"},
+    {"scores", "question_layouts"},
     {"claims"},
     {"golds"},
-    {"questions", "models", "llama", "judges"},
+    {"questions", "contrasts", "models", "llama", "judges"},
     {"prompts", "lean", "engine_log", "judge_prompts", "dictionaries"},
     {"llm_judge", "sae_configs", "crosscoders", "sparse_coding", "feature_labels"},
     {"executors", "sae_files", "crosscoder_files"},
@@ -50,7 +50,7 @@ LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
 
 # the package that made the bundled model: who may import what of it, and what it may import
 ATLAS_USERS = {"shelves": {"atlas"}, "models": {"atlas"}, "cli": {"atlas", "atlas.questions"}}
-ATLAS_KNOWS = {"errors", "scores", "questions"}
+ATLAS_KNOWS = {"errors", "scores", "questions", "contrasts"}
 # its dictionaries are made and judged on the hook points
 DICTIONARY_MAKERS = {
     "atlas.crosscoder_weights",

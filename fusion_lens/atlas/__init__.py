@@ -18,3 +18,6 @@ UNRELATED: Path = Path(__file__).parent / "unrelated.txt"
 
 DICTIONARIES: Path = Path(__file__).parent / "dictionaries"
 """Shipped SAEs of every layer and a crosscoder over all, one folder each."""
+
+CONTRASTS: Path = Path(__file__).parent / "contrast_sets"
+"""Shipped pairs and source, target and control texts, and what was measured of them."""

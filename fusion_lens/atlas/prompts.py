@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 Complete = Callable[[Sequence[str], int], list[tuple[str, bool]]]
 """(prompts, max_new_tokens) -> one (completion, ended by itself) for each prompt, in order."""
 
+Score = Callable[[Sequence[tuple[str, str]]], list[float]]
+"""(prompt, completion) pairs -> log p(completion | prompt) of each in nats, summed, in order."""
+
 
 def answering_prompt(question: str) -> str:
     """Asks for an answer and an explanation; the completion is `\\n{answer}\\n{explanation}`."""
