@@ -41,6 +41,7 @@ def test_each_question_is_a_faint_line_and_the_median_and_quartiles_are_drawn_ov
     figure = plot_delta_norms(TWO)
     lines, band, median, relative_lines, relative_band, relative_median = figure.figure.data
     assert (lines.x, lines.y) == ((0, 1, None, 0, 1, None), (5.0, 2.0, None, 13.0, 4.0, None))
+    assert lines.text == ("lovelace",) * 3 + ("harris",) * 3
     # the upper quartile to the right, the lower one back: 5 + 3/4 * 8, 2 + 3/4 * 2
     assert (band.x, band.y) == ((0, 1, 1, 0), (11.0, 3.5, 2.5, 7.0))
     assert (median.x, median.y) == ((0, 1), (9.0, 3.0))

@@ -288,7 +288,7 @@ def test_hostile_text_is_escaped_wherever_plotly_would_read_it(
         assert re.search(r"&(?!(amp|lt|gt|#36);)", value) is None, (at, value)
         assert "$" not in value, (at, value)
     # escaped, not dropped; one line's ids are of no use where nobody is named
-    if name.split("_")[0] not in ("faithfulness", "layer", "generic", "front", "delta", "logit"):
+    if name.split("_")[0] not in ("faithfulness", "layer", "generic", "front", "logit"):
         assert "<script>" in found.replace("·", " ")
     for axis in (value for key, value in drawn["layout"].items() if key[1:].startswith("axis")):
         categories = axis.get("categoryarray")
@@ -361,7 +361,9 @@ def colours_of(figure: Figure) -> Iterator[tuple[str, float]]:
             if isinstance(colour, str):
                 yield colour, opacity
         # a faint line per question is a texture; what is read is the median over it
-        texture = each.get("hoverinfo") == "skip" and "name" not in each
+        faint = line.get("color", "").startswith("rgba(128,128,128,")
+        band = each.get("hoverinfo") == "skip" and line.get("width") == 0
+        texture = figure.name == "delta_norms" and (faint or band)
         if "lines" in each.get("mode", "") and not texture:
             yield line.get("color", marker.get("color")), each.get("opacity", 1.0)
 
