@@ -199,7 +199,7 @@ def test_a_plan_for_every_position_steers_the_bridges_own_cached_generation(
 def test_a_batch_row_without_a_plan_is_untouched_beside_rows_with_one(tiny: HookedModel) -> None:
     prompts = prompts_of(tiny)
     at = batch_steering([None, strong_plan(tiny), None], [p.layout for p in prompts], Cursor(0))
-    assert list(at) == [0, 1, 2, 3]
+    assert list(at) == [("resid_post", layer) for layer in range(4)]
     resid = torch.randn(3, max(len(p.tokens) for p in prompts), 32)
     for act in at.values():
         out = act(resid)

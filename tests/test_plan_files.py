@@ -103,7 +103,11 @@ def test_a_plan_with_a_valid_checksum_but_wrong_content_is_refused(
         content = file.metadata()["plan"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for old, new, message in (
-        ('"schema_version": 1', '"schema_version": 9', "schema_version must be 1, but got 9"),
+        (
+            '"schema_version": 2',
+            '"schema_version": 9',
+            "schema_version must be 1 or 2, but got 9",
+        ),
         ('"n_layers": 4', '"n_layers": 3', r"must have the shape \(3, 32\)"),
         ('"mean": "question"', '"mean": "median"', "mean must be one of question, sequence"),
         ('"segments"', '"parts"', "must hold a plan as save_plan writes it, but: KeyError"),

@@ -115,7 +115,9 @@ def test_a_plan_of_another_model_is_refused(tiny: HookedModel, other_folder) -> 
 def test_a_recomputed_mean_is_refused_because_it_would_see_later_tokens(tiny: HookedModel) -> None:
     text = Text(prompts_of(tiny)[0], WRITTEN, strong_plan(tiny, mean="sequence"))
     for read in (record_streams, log_probs):
-        with pytest.raises(PlanError, match="must have a constant shift to be read teacher-forced"):
+        with pytest.raises(
+            PlanError, match="must need one token at a time to be read teacher-forced"
+        ):
             read(tiny, [text])
 
 
