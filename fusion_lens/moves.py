@@ -21,11 +21,13 @@ from fusion_lens.operators import affine, gate_value, mean_shift
 from fusion_lens.plans import Plan
 from fusion_lens.steps import AnyStep, Move, Step
 
+_NAMED = {"resid_post": "a residual", "attn_z": "heads' outputs", "mlp_out": "an MLP's output"}
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What steps have in common that are done in one operation. `number` is their place in their
-    plans, `names` are the tensors they need."""
+    plans, `names` and `dtypes` are of the tensors they need."""
 
     number: int
     site: str
@@ -34,7 +36,7 @@ class Kind:
     gate: str | None
     names: tuple[str, ...]
     width: int
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
 
     @property
     def needs_sequence(self) -> bool:
@@ -80,10 +82,9 @@ class Group:
             PlanError: if the steps have another width.
         """
         if self.kind.width != x.shape[-1]:
-            named = "residual" if self.kind.site == "resid_post" else self.kind.site
             raise PlanError(
                 f"a plan must have the width of the model, but got {self.kind.width} "
-                f"for a {named} of {x.shape[-1]}."
+                f"for {_NAMED[self.kind.site]} of {x.shape[-1]}."
             )
         if self.active.device != x.device:
             self.active = self.active.to(x.device)
@@ -123,7 +124,7 @@ class Moves:
                 gate=None if move.gate is None else move.gate.kind,
                 names=tuple(tensors),
                 width=move.shift.shape[-1],
-                dtype=move.shift.dtype,
+                dtypes=tuple(tensor.dtype for tensor in tensors.values()),
             )
             self._group(kind, tensors).seat(row, move.active, tensors)
         self.groups = sorted(

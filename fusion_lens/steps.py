@@ -101,7 +101,7 @@ class Step:
                 )
         if self.units is not None:
             _check_mask("units", self.units, shape)
-        _check_gate(self.gate, shape, self.deltas.base.dtype)
+        _check_gate(self.gate, shape)
         if not bool(torch.isfinite(self.shift).all()):
             raise PlanError("a step's shift must be finite, but coefficient * delta overflows.")
 
@@ -200,7 +200,7 @@ class Affine:
             bound = getattr(self, name)
             if bound is not None:
                 _check_tensor(f"an affine step's {name}", bound, shape, self.shift.dtype, "NaN")
-        _check_gate(self.gate, shape, self.shift.dtype)
+        _check_gate(self.gate, shape)
         coeffs = self._layer_coeffs
         for name in ("scale", "shift"):
             if not bool(torch.isfinite(coeffs * getattr(self, name)).all()):
@@ -267,9 +267,9 @@ def _gate_told(gate: Gate | None) -> str:
     return "" if gate is None else f", {gate.kind} gate on {int(gate.open.sum())} layers"
 
 
-def _check_gate(gate: Gate | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def _check_gate(gate: Gate | None, shape: tuple[int, int]) -> None:
     if gate is not None:
-        _check_tensor("a gate's theta", gate.theta, shape, dtype)
+        _check_tensor("a gate's theta", gate.theta, shape)
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
