@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.engine_log import out_of_memory
-from fusion_lens.errors import UnfitModelError, one_of
+from fusion_lens.errors import ModelError, UnfitModelError, one_of
 from fusion_lens.lean import (
     SITE_MODULES,
     AtBlock,
@@ -184,8 +184,12 @@ def executor_of(
         ConfigError: if `wanted` is no executor.
         UnfitModelError: if the lean one is wanted and cannot be had.
         HookNameError: if the model has no hook point at a site.
+        ModelError: if what is done at its hook point there changes nothing.
     """
-    if one_of("executor", wanted, EXECUTORS) == "hooks":
+    one_of("executor", wanted, EXECUTORS)
+    for site in sorted(sites):
+        _check_hook_points(model, site)
+    if wanted == "hooks":
         return HookPoints(model), None
     try:
         lean = lean_of(model)
@@ -275,12 +279,41 @@ def probe_steering(n_layers: int) -> dict[int, AtBlock]:
     return dict.fromkeys(range(n_layers), lambda resid: resid + 0.5 * resid.roll(1, dims=-1))
 
 
+def _check_hook_points(model: HookedModel, site: str) -> None:
+    """Make sure that hook points at a site act; tried once. A bridge may have hook points of parts
+    that an architecture does not run, and would go on unsteered.
+
+    Raises:
+        HookNameError: if the model lacks one.
+        ModelError: if what is done there does not reach the logits.
+    """
+    acting = _ACTING.setdefault(model, {"resid_post"})
+    if site in acting:
+        return
+    points = HookPoints(model)
+    tokens = probe_tokens(model, points.device)
+    mask = torch.ones_like(tokens)
+    with evaluating(model):
+        plain = points.forward(tokens, mask, last=1)
+        with points.at_sites(_probe_at(model, site)):
+            steered = points.forward(tokens, mask, last=1)
+    if torch.equal(plain, steered):
+        raise ModelError(
+            f"what is done at {site} must reach the logits, but {site_hook(model, site, 0)} of "
+            f"{model.cfg.model_name} changes nothing; choose another site."
+        )
+    acting.add(site)
+
+
+def _probe_at(model: HookedModel, site: str) -> dict[Place, AtSite]:
+    return {(site, layer): act for layer, act in probe_steering(int(model.cfg.n_layers)).items()}
+
+
 def _check_site(lean: Lean, model: HookedModel, site: str) -> None:
     """Make sure that what is done at a site of the lean module is what hook points do; tried once.
 
     Raises:
         UnfitModelError: if the module does not name the site, or computes something else there.
-        HookNameError: if the model has no hook point there.
     """
     if site not in lean.verified:
         lean.verified[site] = _why_unfit(lean, model, site)
@@ -290,7 +323,6 @@ def _check_site(lean: Lean, model: HookedModel, site: str) -> None:
 
 
 def _why_unfit(lean: Lean, model: HookedModel, site: str) -> str | None:
-    check_hook_names(model, [site_hook(model, site, layer) for layer in range(_depth(model))])
     if site not in lean.sites:
         return f"its blocks do not name their {SITE_MODULES[site]}"
     try:
@@ -308,18 +340,13 @@ def _raised(error: Exception) -> str:
     return f"its module gave {type(error).__name__}: {said}"
 
 
-def _depth(model: HookedModel) -> int:
-    return int(model.cfg.n_layers)
-
-
 def _agrees(lean: Lean, model: HookedModel, site: str = "resid_post") -> bool:
     """Whether a padded, steered pass and a cached step give the hook points' logits."""
     tokens = probe_tokens(model, lean.device)
     mask = torch.ones_like(tokens)
     if lean.dtype != torch.float64:  # Hugging Face's own softmax makes NaN of padding there
         mask[0, :2] = 0
-    probe = probe_steering(_depth(model))
-    steering = {(site, layer): act for layer, act in probe.items()}
+    steering = _probe_at(model, site)
     seen = []
     for executor in (HookPoints(model), LeanModule(lean)):
         cache = KeyValues()
@@ -332,3 +359,5 @@ def _agrees(lean: Lean, model: HookedModel, site: str = "resid_post") -> bool:
 
 # the lean module, or why there is none: not an exception, whose traceback would hold the model
 _KNOWN: WeakKeyDictionary[HookedModel, Lean | str] = WeakKeyDictionary()
+# the sites whose hook points were found to act
+_ACTING: WeakKeyDictionary[HookedModel, set[str]] = WeakKeyDictionary()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fusion_lens.errors import UnfitModelError
 from fusion_lens.llama import LlamaPass
-from fusion_lens.models import HookedModel, Place
+from fusion_lens.models import HookedModel, Place, block_parts
 
 AtBlock = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"] | None]
 """What is done to the residual stream after a block; None leaves it."""
@@ -60,6 +60,7 @@ class Lean:
     verified: dict[str, str | None] = field(default_factory=lambda: {"resid_post": None})
     _at: Mapping[Place, AtSite] = field(default_factory=dict)
     _open: set[str] = field(default_factory=lambda: {"resid_post"})
+    _batch_shape: torch.Size = field(default_factory=torch.Size)
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +98,7 @@ class Lean:
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Logits of the last `last` positions (0: all). `mask` is added to the attention scores, by
         kind where the module has several; `cache` is a transformers `Cache`."""
+        self._batch_shape = tokens.shape
         if self.written_out is not None and isinstance(mask, Tensor):
             return self.written_out(
                 tokens,
@@ -126,18 +128,22 @@ class Lean:
         self._open.add(site)
 
     def _before_module(self, place: Place, _module: Any, inputs: Any) -> Any:
-        act = self._at.get(place)
-        changed = None if act is None else act(inputs[0])
+        changed = self._acted(place, inputs[0])
         return None if changed is None else (changed, *inputs[1:])
 
     def _behind_module(self, place: Place, _module: Any, _inputs: Any, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return self._acted(place, output)
+        changed = self._acted(place, output[0])
+        return None if changed is None else (changed, *output[1:])
+
+    def _acted(self, place: Place, x: Tensor) -> Tensor | None:
         act = self._at.get(place)
         if act is None:
             return None
-        if not isinstance(output, tuple):
-            return act(output)
-        changed = act(output[0])
-        return None if changed is None else (changed, *output[1:])
+        # OPT flattens batch and positions before its MLP
+        changed = act(x.view(self._batch_shape + x.shape[-1:]))
+        return None if changed is None else changed.reshape(x.shape)
 
 
 def share(model: HookedModel) -> Lean:
@@ -164,13 +170,12 @@ def share(model: HookedModel) -> Lean:
     config._attn_implementation = _register_attention()
     module.train(False)
     lean = Lean(module, _masks(config), _parts(model), shared)
-    named = model.adapter.component_mapping["blocks"]  # type: ignore[attr-defined]
-    blocks = module.get_submodule(named.name)
+    blocks = module.get_submodule(model.adapter.component_mapping["blocks"].name)  # type: ignore[attr-defined]
     if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
         raise UnfitModelError("its blocks are not one list of modules")
     for layer, block in enumerate(blocks):
         block.register_forward_hook(partial(lean._behind_module, ("resid_post", layer)))
-    lean.sites = _site_modules(named.submodules, blocks)
+    lean.sites = _site_modules(block_parts(model), blocks)
     return lean
 
 

@@ -179,15 +179,22 @@ def site_hook(model: HookedModel, site: str, layer: int) -> str:
     if site == "attn_z":
         return attn_z(layer)
     if type(model).__name__ != "HookedTransformer":
-        own, of_last = (f"blocks.{layer}.mlp.{point}" for point in ("hook_out", "out.hook_out"))
-        # where the two linear maps stand in the block itself, as OPT's, there is no MLP to hook
-        return of_last if own not in (known := _hook_points(model)) and of_last in known else own
+        # where the linear maps stand in the block itself, as OPT's, the MLP's own hook never runs
+        whole = getattr(block_parts(model).get("mlp"), "name", None)
+        return f"blocks.{layer}.mlp.{'hook_out' if whole else 'out.hook_out'}"
     if getattr(model.cfg, "use_normalization_before_and_after", False):
         raise ModelError(
             "mlp_out must be the MLP's own output, but HookedTransformer's hook_mlp_out is behind "
             f"a norm on {model.cfg.model_name}; open the model with load_model."
         )
     return f"blocks.{layer}.hook_mlp_out"
+
+
+def block_parts(model: HookedModel) -> Mapping[str, Any]:
+    """What a bridge names of a block, such as "attn" and "mlp": components with a `name` in Hugging
+    Face's module (None: no module of its own) and `submodules`."""
+    parts: Mapping[str, Any] = model.adapter.component_mapping["blocks"].submodules  # type: ignore[attr-defined]
+    return parts
 
 
 def attn_z(layer: int) -> str:

@@ -100,7 +100,8 @@ class Slots:
         self._steered = False
         self._everywhere = torch.ones((config.slots, 1), dtype=torch.bool, device=device)
         self._moves = Moves(config.slots, n_layers, device)
-        self._at: dict[Place, AtSite] = {}
+        self.at: dict[Place, AtSite] = {}
+        """What is done in every pass but a filling one."""
 
     def fill(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         """Seat these rows: read their prompts and choose their first tokens."""
@@ -121,7 +122,7 @@ class Slots:
             self._shift[slot] = self._shift_of(row.plan, "completion")
             self._steered |= row.plan is not None and row.plan.is_constant
             self._moves.seat(slot, None if _is_constant(row.plan) else row.plan)
-        self._at = self._steer_steps()
+        self.at = self._steer_steps()
         self._position[index] = mask[: len(rows)].sum(dim=-1)
         self.tape.start(slots, rows)
         logits = first.new_zeros((self.n_slots, first.shape[-1]))
@@ -131,7 +132,7 @@ class Slots:
 
     def step(self) -> None:
         """Feed every slot its token and choose the next; finished slots stand still."""
-        with self._lean.at_sites(self._at):
+        with self._lean.at_sites(self.at):
             logits = self._passes.step(self._token, self._position)
         self._choose(logits)
         self._position += self.tape.going
@@ -155,7 +156,7 @@ class Slots:
         return x
 
     def _steer_steps(self) -> dict[Place, AtSite]:
-        """What is done in every pass but a filling one: all positions are "completion"."""
+        """All positions are "completion"."""
         at: dict[Place, AtSite] = {}
         if self._steered:
             layers = range(self._shift.shape[1])
