@@ -72,7 +72,7 @@ def _write(
     tape.start(range(len(rows)), rows)
     cursor = Cursor(0, width)
     plans, layouts = [row.plan for row in full], [row.prompt.layout for row in full]
-    with executor.at_blocks(batch_steering(plans, layouts, cursor)):
+    with executor.at_sites(batch_steering(plans, layouts, cursor)):
         for step in range(config.max_new_tokens):
             cursor.offset = tokens.shape[1] - 1 if cache is not None and step else 0
             logits = executor.forward(tokens[:, cursor.offset :], mask, cache=cache, last=1)

@@ -82,7 +82,8 @@ def kl_unrelated(
     if not texts:
         raise ConfigError("there must be at least one unrelated text, but got none.")
     log = log or EngineLog()
-    run, reason = executor_of(model, executor)
+    sites = {site for way in steered if isinstance(way, Plan) for site in way.sites}
+    run, reason = executor_of(model, executor, sites)
     log.fell_back(reason)
     sums = torch.zeros(len(steered), dtype=torch.float64)
     n_tokens = sum(map(n_counted, texts))
@@ -143,7 +144,7 @@ def _read(
     plan = None if isinstance(way, tuple) else _on_written(way)
     tokens, mask = batch.padded(prefix, run.device)
     plans = [plan] * len(tokens)
-    with run.at_blocks(batch_steering(plans, batch.layouts, Cursor(0, tokens.shape[1]))):
+    with run.at_sites(batch_steering(plans, batch.layouts, Cursor(0, tokens.shape[1]))):
         return run.forward(tokens, mask, last=batch.width)
 
 

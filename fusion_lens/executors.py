@@ -8,7 +8,7 @@ the hook points can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,17 +19,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.engine_log import out_of_memory
-from fusion_lens.errors import UnfitModelError, one_of
-from fusion_lens.lean import AtBlock, Lean, attention_masks, model_type, share, shares
+from fusion_lens.errors import ModelError, UnfitModelError, one_of
+from fusion_lens.lean import (
+    SITE_MODULES,
+    AtBlock,
+    AtSite,
+    Lean,
+    attention_masks,
+    model_type,
+    share,
+    shares,
+)
 from fusion_lens.llama import MODEL_TYPES, LlamaPass
 from fusion_lens.models import (
     HookedModel,
     KeyValues,
+    Place,
     check_hook_names,
     evaluating,
     forward,
     is_hooked,
-    resid_post,
+    site_hook,
 )
 
 MULTIPLE = 8
@@ -56,6 +66,11 @@ class Executor(Protocol):
 
     def at_blocks(self, at: Mapping[int, AtBlock]) -> AbstractContextManager[None]:
         """Inside, `at[l]` is called with the residual stream after block `l`."""
+        ...
+
+    def at_sites(self, at: Mapping[Place, AtSite]) -> AbstractContextManager[None]:
+        """Inside, `at[site, l]` is called with the activation at that site of block `l`; at
+        "attn_z" with all heads' outputs in a row."""
         ...
 
     def forward(
@@ -94,11 +109,12 @@ class HookPoints:
 
     def at_blocks(self, at: Mapping[int, AtBlock]) -> AbstractContextManager[None]:
         """See `Executor`."""
+        return self.at_sites({("resid_post", layer): act for layer, act in at.items()})
 
-        def hook(act: AtBlock) -> Any:
-            return lambda resid, hook: act(resid)
-
-        return hooked(self.model, [(resid_post(layer), hook(act)) for layer, act in at.items()])
+    def at_sites(self, at: Mapping[Place, AtSite]) -> AbstractContextManager[None]:
+        """See `Executor`."""
+        hooks = [(site_hook(self.model, *place), as_hook(act)) for place, act in at.items()]
+        return hooked(self.model, hooks)
 
     def forward(
         self,
@@ -129,6 +145,10 @@ class LeanModule:
         """See `Executor`."""
         return self.lean.at_blocks(at)
 
+    def at_sites(self, at: Mapping[Place, AtSite]) -> AbstractContextManager[None]:
+        """See `Executor`."""
+        return self.lean.at_sites(at)
+
     def forward(
         self,
         tokens: Int[Tensor, "batch new"],
@@ -154,17 +174,28 @@ class LeanModule:
         )
 
 
-def executor_of(model: HookedModel, wanted: str = "auto") -> tuple[Executor, str | None]:
-    """The executor for a model, and why it is not the lean one where that was not asked for.
+def executor_of(
+    model: HookedModel, wanted: str = "auto", sites: Iterable[str] = ()
+) -> tuple[Executor, str | None]:
+    """The executor for what is done to a model at `sites`, and why it is not the lean one where
+    that was not asked for.
 
     Raises:
         ConfigError: if `wanted` is no executor.
         UnfitModelError: if the lean one is wanted and cannot be had.
+        HookNameError: if the model has no hook point at a site.
+        ModelError: if what is done at its hook point there changes nothing.
     """
-    if one_of("executor", wanted, EXECUTORS) == "hooks":
+    one_of("executor", wanted, EXECUTORS)
+    for site in sorted(sites):
+        _check_hook_points(model, site)
+    if wanted == "hooks":
         return HookPoints(model), None
     try:
-        return LeanModule(lean_of(model)), None
+        lean = lean_of(model)
+        for site in sorted(sites):
+            _check_site(lean, model, site)
+        return LeanModule(lean), None
     except UnfitModelError as error:
         if wanted == "lean":
             raise
@@ -199,8 +230,7 @@ def lean_of(model: HookedModel) -> Lean:
     except Exception as error:  # a module of any architecture raises what it likes
         if out_of_memory(error):  # says nothing of the module: the next call may find more
             raise
-        said = (str(error).splitlines() or ["nothing more"])[0]
-        reason = f"its module gave {type(error).__name__}: {said}"
+        reason = _raised(error)
         _KNOWN[model] = reason
         raise UnfitModelError(reason) from error
     _KNOWN[model] = lean
@@ -222,6 +252,16 @@ def hooked(model: HookedModel, hooks: list[tuple[str, Any]]) -> Iterator[None]:
         yield
 
 
+def as_hook(act: AtSite) -> Callable[..., Tensor | None]:
+    """TransformerLens' `(activation, hook) -> activation`; heads are put in a row for `act`."""
+
+    def run(x: Tensor, hook: Any = None) -> Tensor | None:
+        changed = act(x.flatten(2))
+        return None if changed is None else changed.reshape(x.shape)
+
+    return run
+
+
 def close(one: Tensor, other: Tensor) -> bool:
     """Whether two executors' logits agree, relative to the largest."""
     tolerance = _CLOSE.get(one.dtype, _CLOSE_IN_HALF)
@@ -239,17 +279,78 @@ def probe_steering(n_layers: int) -> dict[int, AtBlock]:
     return dict.fromkeys(range(n_layers), lambda resid: resid + 0.5 * resid.roll(1, dims=-1))
 
 
-def _agrees(lean: Lean, model: HookedModel) -> bool:
+def _check_hook_points(model: HookedModel, site: str) -> None:
+    """Make sure that hook points at a site act; tried once. A bridge may have hook points of parts
+    that an architecture does not run, and would go on unsteered.
+
+    Raises:
+        HookNameError: if the model lacks one.
+        ModelError: if what is done there does not reach the logits.
+    """
+    acting = _ACTING.setdefault(model, {"resid_post"})
+    if site in acting:
+        return
+    points = HookPoints(model)
+    tokens = probe_tokens(model, points.device)
+    mask = torch.ones_like(tokens)
+    with evaluating(model):
+        plain = points.forward(tokens, mask, last=1)
+        with points.at_sites(_probe_at(model, site)):
+            steered = points.forward(tokens, mask, last=1)
+    if torch.equal(plain, steered):
+        raise ModelError(
+            f"what is done at {site} must reach the logits, but {site_hook(model, site, 0)} of "
+            f"{model.cfg.model_name} changes nothing; choose another site."
+        )
+    acting.add(site)
+
+
+def _probe_at(model: HookedModel, site: str) -> dict[Place, AtSite]:
+    return {(site, layer): act for layer, act in probe_steering(int(model.cfg.n_layers)).items()}
+
+
+def _check_site(lean: Lean, model: HookedModel, site: str) -> None:
+    """Make sure that what is done at a site of the lean module is what hook points do; tried once.
+
+    Raises:
+        UnfitModelError: if the module does not name the site, or computes something else there.
+    """
+    if site not in lean.verified:
+        lean.verified[site] = _why_unfit(lean, model, site)
+    reason = lean.verified[site]
+    if reason is not None:
+        raise UnfitModelError(reason)
+
+
+def _why_unfit(lean: Lean, model: HookedModel, site: str) -> str | None:
+    if site not in lean.sites:
+        return f"its blocks do not name their {SITE_MODULES[site]}"
+    try:
+        if _agrees(lean, model, site):
+            return None
+    except Exception as error:  # as in `lean_of`
+        if out_of_memory(error):
+            raise
+        return _raised(error)
+    return f"its module computes something else than its hook points at {site}"
+
+
+def _raised(error: Exception) -> str:
+    said = (str(error).splitlines() or ["nothing more"])[0]
+    return f"its module gave {type(error).__name__}: {said}"
+
+
+def _agrees(lean: Lean, model: HookedModel, site: str = "resid_post") -> bool:
     """Whether a padded, steered pass and a cached step give the hook points' logits."""
     tokens = probe_tokens(model, lean.device)
     mask = torch.ones_like(tokens)
     if lean.dtype != torch.float64:  # Hugging Face's own softmax makes NaN of padding there
         mask[0, :2] = 0
-    steering = probe_steering(int(model.cfg.n_layers))
+    steering = _probe_at(model, site)
     seen = []
     for executor in (HookPoints(model), LeanModule(lean)):
         cache = KeyValues()
-        with evaluating(model), executor.at_blocks(steering):
+        with evaluating(model), executor.at_sites(steering):
             first = executor.forward(tokens[:, :-1], mask[:, :-1], cache=cache, last=1)
             second = executor.forward(tokens[:, -1:], mask, cache=cache, last=1)
         seen.append(torch.stack([first, second]))
@@ -258,3 +359,5 @@ def _agrees(lean: Lean, model: HookedModel) -> bool:
 
 # the lean module, or why there is none: not an exception, whose traceback would hold the model
 _KNOWN: WeakKeyDictionary[HookedModel, Lean | str] = WeakKeyDictionary()
+# the sites whose hook points were found to act
+_ACTING: WeakKeyDictionary[HookedModel, set[str]] = WeakKeyDictionary()

@@ -20,7 +20,7 @@ from fusion_lens.decoding import GenerationConfig as GenerationConfig
 from fusion_lens.decoding import Row as Row
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ContextLengthError
-from fusion_lens.executors import LeanModule, executor_of
+from fusion_lens.executors import Executor, LeanModule, executor_of
 from fusion_lens.models import HookedModel, evaluating, identify
 from fusion_lens.prompts import Prompt
 
@@ -128,8 +128,25 @@ def check_context(
 def _write(
     model: HookedModel, rows: Sequence[Row], config: GenerationConfig, log: EngineLog
 ) -> Iterator[tuple[int, Completion]]:
-    executor, reason = executor_of(model, config.executor)
-    log.fell_back(reason)
+    sites = [frozenset[str]() if row.plan is None else row.plan.sites for row in rows]
+    by_executor: dict[str, tuple[Executor, list[int]]] = {}
+    for alike in dict.fromkeys(sites):
+        # a row that needs hook points takes the lean module from no other
+        executor, reason = executor_of(model, config.executor, alike)
+        log.fell_back(reason)
+        _, places = by_executor.setdefault(executor.name, (executor, []))
+        places += [i for i, own in enumerate(sites) if own == alike]
+    for executor, places in by_executor.values():
+        places.sort()
+        some = [rows[i] for i in places]
+        for place, completion in _write_alike(model, executor, some, config):
+            log.rows[executor.name] += 1
+            yield places[place], completion
+
+
+def _write_alike(
+    model: HookedModel, executor: Executor, rows: Sequence[Row], config: GenerationConfig
+) -> Iterator[tuple[int, Completion]]:
     seated = []
     if isinstance(executor, LeanModule) and config.use_cache:
         # transformers takes seconds to import, and a plain import of the package must not
@@ -137,14 +154,11 @@ def _write(
 
         if slots_fit(model, executor.lean):
             seated = [i for i, row in enumerate(rows) if not row.needs_sequence]
-            for place, completion in write_in_slots(
-                model, executor.lean, [rows[i] for i in seated], config
-            ):
-                log.rows[executor.name] += 1
+            some = [rows[i] for i in seated]
+            for place, completion in write_in_slots(model, executor.lean, some, config):
                 yield seated[place], completion
     others = sorted(set(range(len(rows))).difference(seated))
     for place, completion in write_in_batches(model, executor, [rows[i] for i in others], config):
-        log.rows[executor.name] += 1
         yield others[place], completion
 
 

@@ -18,11 +18,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_lens.errors import PlanError
-from fusion_lens.executors import hooked
-from fusion_lens.lean import AtBlock
-from fusion_lens.models import HookedModel, identify, resid_post
-from fusion_lens.operators import add, mean_shift
-from fusion_lens.plans import Plan, Step
+from fusion_lens.executors import as_hook, hooked
+from fusion_lens.lean import AtSite
+from fusion_lens.models import (
+    HookedModel,
+    Place,
+    attn_z,
+    check_hook_names,
+    identify,
+    resid_post,
+    site_hook,
+)
+from fusion_lens.moves import Group, Kind, Moves
+from fusion_lens.plans import Plan
 from fusion_lens.prompts import Layout, Prompt
 
 HookFn = Callable[..., Any]
@@ -57,23 +65,29 @@ def fwd_hooks(
     steered, a pass too short to be a prompt (a single token, behind one BOS) is a continuation.
 
     Raises:
-        PlanError: if the plan belongs to another model; from the hook, if a pass is shorter than
-            the prompt and no offset tells where it stands, or if the residual has another width.
+        PlanError: if the plan belongs to another model, or acts at "mlp_out" and no model is given;
+            from the hook, if a pass is shorter than the prompt and no offset tells where it stands,
+            or if the activation has another width.
+        HookNameError: if the model given lacks a hook.
     """
     if model is not None:
         plan.check(identify(model))
     if isinstance(prompt, Prompt):
         prompt = prompt.layout
-    layouts = [prompt] if prompt is not None else [plan.steps[0].deltas.layout]
-    at = _at_blocks([plan], layouts, Cursor(offset))
-    return [(resid_post(layer), act) for layer, act in at.items()]
+    layouts = [prompt] if prompt is not None else [plan.layout]
+    at = _at_sites([plan], layouts, Cursor(offset))
+    hooks = [(_hook_name(place, model), as_hook(act)) for place, act in at.items()]
+    if model is not None:
+        check_hook_names(model, [name for name, _ in hooks])
+    return hooks
 
 
 def batch_steering(
     plans: Sequence[Plan | None], layouts: Sequence[Layout], cursor: Cursor
-) -> dict[int, AtBlock]:
-    """What a left-padded batch does after each block if every row has its own plan, or none."""
-    return _at_blocks(plans, layouts, cursor) if any(plan is not None for plan in plans) else {}
+) -> dict[Place, AtSite]:
+    """What a left-padded batch does at each site and layer if every row has its own plan, or
+    none."""
+    return _at_sites(plans, layouts, cursor) if any(plan is not None for plan in plans) else {}
 
 
 @contextmanager
@@ -91,53 +105,37 @@ def steering(
 
 
 @dataclass(slots=True)
-class _Group:
-    """All first (second, ...) steps of a batch that act alike: one tensor for all rows and layers.
-
-    `active[row, layer]` tells whether the row has such a step on that layer. `tensor` is the shift,
-    or with `mean="sequence"` the reference.
-    """
-
-    mean: str
-    positions: str
-    steer_special: bool
-    tensor: Float[Tensor, "batch layer d_model"]
-    coeffs: Float[Tensor, "batch layer"]
-    active: Bool[Tensor, "batch layer"]
-
-
-@dataclass(slots=True)
 class _Batch:
     layouts: Sequence[Layout]
     cursor: Cursor
-    groups: list[_Group]
+    groups: list[Group]
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def mask(self, group: _Group, resid: Tensor, *, present: bool) -> Bool[Tensor, "rows pos"]:
+    def mask(self, kind: Kind, resid: Tensor, *, present: bool) -> Bool[Tensor, "rows pos"]:
         """Which positions of this pass are steered, or with `present` enter a sequence mean."""
-        offset = self._offset(group, resid.shape[1])
-        key = (group.positions, group.steer_special, present, offset, resid.shape[1])
+        offset = self._offset(kind, resid.shape[1])
+        key = (kind.positions, kind.steer_special, present, offset, resid.shape[1])
         if key not in self.masks:
             self.masks = {k: v for k, v in self.masks.items() if k[3:] == key[3:]}
-            self.masks[key] = self._make_mask(group, offset, resid.shape[1], present).to(
+            self.masks[key] = self._make_mask(kind, offset, resid.shape[1], present).to(
                 resid.device
             )
         return self.masks[key]
 
-    def _offset(self, group: _Group, length: int) -> int:
+    def _offset(self, kind: Kind, length: int) -> int:
         if self.cursor.offset is not None:
-            if group.mean == "sequence" and self.cursor.offset > 0:
+            if kind.needs_sequence and self.cursor.offset > 0:
                 raise PlanError(
                     'a plan with mean="sequence" needs the whole sequence in every pass, '
                     f"but got an offset of {self.cursor.offset}; run it without a KV cache."
                 )
             return self.cursor.offset
         layout = max(self.layouts, key=lambda layout: layout.length)
-        everywhere = group.positions == "all" and group.mean == "question"
+        everywhere = kind.positions == "all" and not kind.needs_sequence
         leading = next((t for t in range(layout.length) if t not in layout.special), 0)
-        if everywhere and (length <= leading or group.steer_special or not layout.special):
+        if everywhere and (length <= leading or kind.steer_special or not layout.special):
             return layout.length
-        if length < layout.length and group.mean == "sequence":
+        if length < layout.length and kind.needs_sequence:
             raise PlanError(
                 'a plan with mean="sequence" needs the whole sequence in every pass, but got '
                 f"{length} tokens of a prompt of {layout.length}; run it without a KV cache."
@@ -151,7 +149,7 @@ class _Batch:
         return 0
 
     def _make_mask(
-        self, group: _Group, offset: int, length: int, present: bool
+        self, kind: Kind, offset: int, length: int, present: bool
     ) -> Bool[Tensor, "rows pos"]:
         width = self.cursor.width or max(layout.length for layout in self.layouts)
         columns = torch.arange(offset, offset + length)
@@ -159,66 +157,46 @@ class _Batch:
         for layout in self.layouts:
             position = columns - (width - layout.length)
             row = position >= 0
-            if not group.steer_special:
+            if not kind.steer_special:
                 row &= ~torch.isin(position, torch.tensor(layout.special, dtype=torch.long))
-            if not present and group.positions == "prompt":
+            if not present and kind.positions == "prompt":
                 row &= position < layout.length - 1
-            if not present and group.positions == "completion":
+            if not present and kind.positions == "completion":
                 row &= position >= layout.length - 1
             rows.append(row)
         return torch.stack(rows)
 
 
-def _at_blocks(
+def _at_sites(
     plans: Sequence[Plan | None], layouts: Sequence[Layout], cursor: Cursor
-) -> dict[int, AtBlock]:
-    batch = _Batch(layouts=layouts, cursor=cursor, groups=_groups(plans))
-    covered = torch.stack([group.active.any(dim=0) for group in batch.groups]).any(dim=0)
-    return {
-        layer: partial(_steer, batch, layer) for layer in range(covered.shape[0]) if covered[layer]
-    }
+) -> dict[Place, AtSite]:
+    n_layers = next(plan.model.n_layers for plan in plans if plan is not None)
+    moves = Moves(len(plans), n_layers, torch.device("cpu"))
+    for row, plan in enumerate(plans):
+        moves.seat(row, plan)
+    batch = _Batch(layouts=layouts, cursor=cursor, groups=moves.groups)
+    return {place: partial(_steer, batch, place) for place in moves.places}
 
 
 def _steer(
-    batch: _Batch, layer: int, resid: Float[Tensor, "batch pos d_model"], hook: Any = None
-) -> Float[Tensor, "batch pos d_model"]:
+    batch: _Batch, place: Place, x: Float[Tensor, "batch pos width"]
+) -> Float[Tensor, "batch pos width"]:
+    site, layer = place
     for group in batch.groups:
-        if group.tensor.shape[-1] != resid.shape[-1]:
-            raise PlanError(
-                f"a plan must have the width of the model, but got {group.tensor.shape[-1]} "
-                f"for a residual of {resid.shape[-1]}."
-            )
-        if group.tensor.device != resid.device:
-            group.tensor = group.tensor.to(resid.device)
-            group.coeffs = group.coeffs.to(resid.device)
-            group.active = group.active.to(resid.device)
-        mask = batch.mask(group, resid, present=False) & group.active[:, layer, None]
-        if group.mean == "question":
-            resid = add(resid, group.tensor[:, layer], mask)
-        else:
-            present = batch.mask(group, resid, present=True)
-            resid = mean_shift(resid, group.tensor[:, layer], group.coeffs[:, layer], present, mask)
-    return resid
+        if group.kind.site == site:
+            mask = batch.mask(group.kind, x, present=False)
+            present = batch.mask(group.kind, x, present=True) if group.kind.needs_sequence else None
+            x = group.steer(layer, x, mask, present)
+    return x
 
 
-def _groups(plans: Sequence[Plan | None]) -> list[_Group]:
-    example = next(plan for plan in plans if plan is not None)
-    n_layers, d_model = example.model.n_layers, example.model.d_model
-    groups: list[_Group] = []
-    for n in range(max(len(plan.steps) for plan in plans if plan is not None)):
-        kinds: dict[tuple[str, str, bool], dict[int, Step]] = {}
-        for row, plan in enumerate(plans):
-            if plan is not None and n < len(plan.steps):
-                step = plan.steps[n]
-                kinds.setdefault((step.mean, step.positions, step.steer_special), {})[row] = step
-        for (mean, positions, steer_special), steps in kinds.items():
-            dtype = next(iter(steps.values())).deltas.base.dtype
-            tensor = torch.zeros((len(plans), n_layers, d_model), dtype=dtype)
-            coeffs = torch.zeros((len(plans), n_layers), dtype=dtype)
-            active = torch.zeros((len(plans), n_layers), dtype=torch.bool)
-            for row, step in steps.items():
-                tensor[row] = step.shift if mean == "question" else step.deltas.reference
-                coeffs[row] = step.layer_coeffs
-                active[row] = step.layers
-            groups.append(_Group(mean, positions, steer_special, tensor, coeffs, active))
-    return groups
+def _hook_name(place: Place, model: HookedModel | None) -> str:
+    site, layer = place
+    if model is not None:
+        return site_hook(model, site, layer)
+    if site == "mlp_out":
+        raise PlanError(
+            "a plan that acts at mlp_out must be given the model to know the hook's name, which "
+            "TransformerBridge and HookedTransformer spell differently; give fwd_hooks its model=."
+        )
+    return resid_post(layer) if site == "resid_post" else attn_z(layer)

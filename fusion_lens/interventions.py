@@ -20,27 +20,30 @@ from fusion_lens.attribution import Attribution, FeatureEffect
 from fusion_lens.controls import with_vectors
 from fusion_lens.dictionaries import Dictionary
 from fusion_lens.errors import DictionaryError, PlanError
-from fusion_lens.plans import Plan, full
+from fusion_lens.plans import Plan, Step, full
 
 
 def with_shift(plan: Plan, vectors: Float[Tensor, "layer d_model"]) -> Plan:
     """A plan that injects `vectors` where `plan` injects its own.
 
     Raises:
-        PlanError: if the plan's steps differ in where they act, or recompute their mean.
+        PlanError: if the plan's steps differ in where they act, or one of them does not add the
+            same to every token of the residual stream.
     """
     first = plan.steps[0]
-    alike = {(step.mean, step.positions, step.steer_special) for step in plan.steps}
-    if len(alike) > 1 or first.mean != "question":
+    alike = {(step.told, step.positions, step.steer_special) for step in plan.steps}
+    places = {(step.positions, step.steer_special) for step in plan.steps}
+    if len(places) > 1 or not plan.is_constant or not isinstance(first, Step):
         raise PlanError(
             "features can be taken out of a constant shift at one kind of positions, "
-            f"but the plan's steps have (mean, positions, steer_special) {sorted(alike)}."
+            f"but the plan's steps are (what, positions, steer_special) {sorted(alike)}."
         )
     step = replace(
         first,
         deltas=with_vectors(first.deltas, vectors.to(first.deltas.base.dtype)),
         segments=full(plan.model.n_layers),
         coeffs=(1.0,),
+        units=None,
     )
     return Plan((step,))
 
@@ -140,7 +143,7 @@ def shift_of(plan: Plan) -> Float[Tensor, "layer d_model"]:
 def _summed(
     plan: Plan, parts: Sequence[tuple[tuple[int, ...], Tensor]]
 ) -> Float[Tensor, "layer d_model"]:
-    total = torch.zeros_like(plan.steps[0].deltas.base)
+    total = torch.zeros_like(shift_of(plan))
     for layers, part in parts:
         total[list(layers)] += part.to(total.dtype)
     return total

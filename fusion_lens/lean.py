@@ -3,8 +3,9 @@
 A `TransformerBridge` runs every activation through a hook point and forces a slow attention, so
 that generation through it reaches about half the speed of its own module. `share` makes that module
 anew around the very same parameters and buffers (no copy) and puts one hook behind every block,
-where `blocks.l.hook_resid_post` is. It serves every architecture whose blocks the bridge names;
-what it computes is compared with the hook points once, when it is made.
+where `blocks.l.hook_resid_post` is; one before the attention's output projection and one behind the
+MLP are put there when something is first done at those sites. It serves every architecture whose
+blocks the bridge names; what it computes is compared with the hook points once, when it is made.
 
 Knows nothing of plans, prompts or decoding.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,10 +25,16 @@ from torch import Tensor
 
 from fusion_lens.errors import UnfitModelError
 from fusion_lens.llama import LlamaPass
-from fusion_lens.models import HookedModel
+from fusion_lens.models import HookedModel, Place, block_parts
 
 AtBlock = Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"] | None]
 """What is done to the residual stream after a block; None leaves it."""
+
+AtSite = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
+"""What is done to the activation at a site; None leaves it."""
+
+SITE_MODULES = {"attn_z": "attention's output projection", "mlp_out": "MLP"}
+"""The module that a site is the input ("attn_z") or the output ("mlp_out") of."""
 
 _ATTENTION = "fusion_lens"
 _ATTENDED = "_attends_in_fusion_lens"
@@ -38,16 +45,22 @@ class Lean:
     """The shared module. `masks` names the kinds of attention mask it takes, with their windows
     (None: no window); a module with one kind takes it bare. `parts` are ids and types of the
     modules of the model it was made of, `shared` the places of its tensors there and here.
-    `written_out` computes the same with fewer operations, for some families. `slots_fit` remembers
-    whether the module runs on a slot cache; None: not tried."""
+    `written_out` computes the same with fewer operations, for some families. `sites` are the
+    modules of the sites inside a block, layer by layer, as far as they have a name. `slots_fit`
+    remembers whether the module runs on a slot cache (None: not tried), `verified` what it was
+    found to do wrong at a site (None: it agrees with the hook points)."""
 
     module: torch.nn.Module
     masks: Mapping[str, int | None]
     parts: tuple[tuple[int, type], ...] = ()
     shared: tuple[_Shared, ...] = ()
     written_out: LlamaPass | None = None
+    sites: Mapping[str, tuple[torch.nn.Module, ...]] = field(default_factory=dict)
     slots_fit: bool | None = None
-    _at: Mapping[int, AtBlock] = field(default_factory=dict)
+    verified: dict[str, str | None] = field(default_factory=lambda: {"resid_post": None})
+    _at: Mapping[Place, AtSite] = field(default_factory=dict)
+    _open: set[str] = field(default_factory=lambda: {"resid_post"})
+    _batch_shape: torch.Size = field(default_factory=torch.Size)
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +72,15 @@ class Lean:
         """Of the parameters."""
         return next(self.module.parameters()).dtype
 
-    @contextmanager
-    def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
+    def at_blocks(self, at: Mapping[int, AtBlock]) -> AbstractContextManager[None]:
         """Inside, `at[l]` is called with the residual stream after block `l`."""
+        return self.at_sites({("resid_post", layer): act for layer, act in at.items()})
+
+    @contextmanager
+    def at_sites(self, at: Mapping[Place, AtSite]) -> Iterator[None]:
+        """Inside, `at[site, l]` is called with the activation at that site of block `l`."""
+        for site in {site for site, _ in at} - self._open:
+            self._put_hooks(site)
         before, self._at = self._at, at
         try:
             yield
@@ -79,6 +98,7 @@ class Lean:
     ) -> Float[Tensor, "batch kept d_vocab"]:
         """Logits of the last `last` positions (0: all). `mask` is added to the attention scores, by
         kind where the module has several; `cache` is a transformers `Cache`."""
+        self._batch_shape = tokens.shape
         if self.written_out is not None and isinstance(mask, Tensor):
             return self.written_out(
                 tokens,
@@ -86,7 +106,7 @@ class Lean:
                 mask,
                 cache=cache,
                 last=last,
-                after_block=self._after_block,
+                at=self._at,
                 attention=attention,
             )
         logits: Tensor = self.module(
@@ -99,15 +119,31 @@ class Lean:
         ).logits
         return logits
 
-    def _after_block(self, layer: int, resid: Tensor) -> Tensor | None:
-        act = self._at.get(layer)
-        return None if act is None else act(resid)
+    def _put_hooks(self, site: str) -> None:
+        for layer, module in enumerate(self.sites[site]):
+            if site == "attn_z":
+                module.register_forward_pre_hook(partial(self._before_module, (site, layer)))
+            else:
+                module.register_forward_hook(partial(self._behind_module, (site, layer)))
+        self._open.add(site)
 
-    def _forward_hook(self, layer: int, _module: Any, _inputs: Any, output: Any) -> Any:
+    def _before_module(self, place: Place, _module: Any, inputs: Any) -> Any:
+        changed = self._acted(place, inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+    def _behind_module(self, place: Place, _module: Any, _inputs: Any, output: Any) -> Any:
         if not isinstance(output, tuple):
-            return self._after_block(layer, output)
-        changed = self._after_block(layer, output[0])
+            return self._acted(place, output)
+        changed = self._acted(place, output[0])
         return None if changed is None else (changed, *output[1:])
+
+    def _acted(self, place: Place, x: Tensor) -> Tensor | None:
+        act = self._at.get(place)
+        if act is None:
+            return None
+        # OPT flattens batch and positions before its MLP
+        changed = act(x.view(self._batch_shape + x.shape[-1:]))
+        return None if changed is None else changed.reshape(x.shape)
 
 
 def share(model: HookedModel) -> Lean:
@@ -138,7 +174,8 @@ def share(model: HookedModel) -> Lean:
     if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
         raise UnfitModelError("its blocks are not one list of modules")
     for layer, block in enumerate(blocks):
-        block.register_forward_hook(partial(lean._forward_hook, layer))
+        block.register_forward_hook(partial(lean._behind_module, ("resid_post", layer)))
+    lean.sites = _site_modules(block_parts(model), blocks)
     return lean
 
 
@@ -178,6 +215,30 @@ def attention_masks(
             ~seen, low
         )[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _site_modules(
+    named: Mapping[str, Any], blocks: torch.nn.ModuleList
+) -> dict[str, tuple[torch.nn.Module, ...]]:
+    """The modules of the sites inside every block, by the names that the bridge gives its parts."""
+    attention, mlp = named.get("attn"), named.get("mlp")
+    paths = {
+        "attn_z": [attention, _part(attention, "o")],
+        # an MLP without a module of its own is the last of its two linear maps
+        "mlp_out": [mlp] if getattr(mlp, "name", None) else [_part(mlp, "out")],
+    }
+    found = {}
+    for site, parts in paths.items():
+        names = [getattr(part, "name", None) for part in parts]
+        path = [name for name in names if isinstance(name, str)]
+        if len(path) == len(parts):
+            with suppress(AttributeError):
+                found[site] = tuple(block.get_submodule(".".join(path)) for block in blocks)
+    return found
+
+
+def _part(component: Any, name: str) -> Any:
+    return getattr(component, "submodules", {}).get(name)
 
 
 @dataclass(frozen=True, slots=True)

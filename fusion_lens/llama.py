@@ -13,7 +13,7 @@ arXiv 2305.13245.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,11 @@ class LlamaPass:
         *,
         cache: Any,
         last: int,
-        after_block: Callable[[int, Tensor], Tensor | None],
+        at: Mapping[tuple[str, int], Callable[[Tensor], Tensor | None]],
         attention: Callable[..., tuple[Tensor, None]],
     ) -> Float[Tensor, "batch kept d_vocab"]:
-        """Logits of the last `last` positions (0: all), as the module gives them."""
+        """Logits of the last `last` positions (0: all), as the module gives them; `at[site, l]` is
+        done to what stands there."""
         base = self.module.model
         batch, new = tokens.shape
         x = base.embed_tokens(tokens)
@@ -63,16 +64,26 @@ class LlamaPass:
             if cache is not None:
                 key, value = cache.update(key, value, layer)
             mixed, _ = attention(attn, query, key, value, mask, scaling=attn.scaling)
-            x = _add_linear(x, mixed.reshape(batch, new, -1), attn.o_proj)
+            z = _acted(at.get(("attn_z", layer)), mixed.reshape(batch, new, -1))
+            x = _add_linear(x, z, attn.o_proj)
             n = _rms_norm(x, block.post_attention_layernorm)
             gate = mlp.act_fn(F.linear(n, mlp.gate_proj.weight, mlp.gate_proj.bias))
             up = F.linear(n, mlp.up_proj.weight, mlp.up_proj.bias)
-            x = _add_linear(x, gate.mul_(up), mlp.down_proj)
-            changed = after_block(layer, x)
-            x = x if changed is None else changed
+            act = at.get(("mlp_out", layer))
+            if act is None:
+                x = _add_linear(x, gate.mul_(up), mlp.down_proj)
+            else:
+                down = mlp.down_proj
+                x = x + _acted(act, F.linear(gate.mul_(up), down.weight, down.bias))
+            x = _acted(at.get(("resid_post", layer)), x)
         x = _rms_norm(x[:, -last:], base.norm)
         logits: Tensor = self.module.lm_head(x)
         return logits
+
+
+def _acted(act: Callable[[Tensor], Tensor | None] | None, x: Tensor) -> Tensor:
+    changed = None if act is None else act(x)
+    return x if changed is None else changed
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:

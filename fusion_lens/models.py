@@ -23,8 +23,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.atlas import CHECKPOINT
-from fusion_lens.errors import HookNameError, MissingExtraError, ModelError
+from fusion_lens.errors import HookNameError, MissingExtraError, ModelError, one_of
 from fusion_lens.hub import find_checkpoint, opening
+
+SITES = ("resid_post", "attn_z", "mlp_out")
+
+Place = tuple[str, int]
+"""A site and a layer."""
 
 _HASHED_ELEMENTS = 200_000
 
@@ -160,6 +165,43 @@ def load_text_model(
 def resid_post(layer: int) -> str:
     """The hook name of the residual stream after block `layer`."""
     return f"blocks.{layer}.hook_resid_post"
+
+
+def site_hook(model: HookedModel, site: str, layer: int) -> str:
+    """The hook name of a site: "resid_post", "attn_z" (the heads' outputs before the output
+    projection) or "mlp_out" (the MLP's own output, before any norm behind it). It may be a name
+    that the model does not have.
+
+    Raises:
+        ConfigError: if there is no such site.
+        ModelError: if a `HookedTransformer` has a norm between the MLP and its `hook_mlp_out`.
+    """
+    if one_of("site", site, SITES) == "resid_post":
+        return resid_post(layer)
+    if site == "attn_z":
+        return attn_z(layer)
+    if type(model).__name__ != "HookedTransformer":
+        # where the linear maps stand in the block itself, as OPT's, the MLP's own hook never runs
+        whole = getattr(block_parts(model).get("mlp"), "name", None)
+        return f"blocks.{layer}.mlp.{'hook_out' if whole else 'out.hook_out'}"
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        raise ModelError(
+            "mlp_out must be the MLP's own output, but HookedTransformer's hook_mlp_out is behind "
+            f"a norm on {model.cfg.model_name}; open the model with load_model."
+        )
+    return f"blocks.{layer}.hook_mlp_out"
+
+
+def block_parts(model: HookedModel) -> Mapping[str, Any]:
+    """What a bridge names of a block, such as "attn" and "mlp": components with a `name` in Hugging
+    Face's module (None: no module of its own) and `submodules`."""
+    parts: Mapping[str, Any] = model.adapter.component_mapping["blocks"].submodules  # type: ignore[attr-defined]
+    return parts
+
+
+def attn_z(layer: int) -> str:
+    """The hook name of the attention heads' outputs, "batch pos head d_head"."""
+    return f"blocks.{layer}.attn.hook_z"
 
 
 def check_hook_names(model: HookedModel, names: list[str]) -> None:

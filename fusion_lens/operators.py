@@ -1,7 +1,9 @@
-"""How a residual is changed: pure tensor maths, no model, no positions.
+"""How an activation is changed: pure tensor maths, no model, no positions.
 
 `where` rather than a product with a mask: outside the mask the output *is* the input, bit for bit,
--0.0 and NaN included. Source of both formulas: Fusion Steering (arXiv 2505.22572), docs/method.md.
+-0.0 and NaN included. Sources: `add` and `mean_shift` Fusion Steering (arXiv 2505.22572), `affine`
+AUSteer (arXiv 2602.04428) and Linear-AcT (arXiv 2410.23054), `gate_value` DSAS (arXiv 2512.03661);
+docs/method.md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,48 @@ def add(
     valid."""
     moved = (_wide(resid) + shift[:, None]).to(resid.dtype)
     return torch.where(mask[..., None], moved, resid)
+
+
+def affine(
+    x: Float[Tensor, "batch pos width"],
+    scale: Float[Tensor, "#batch width"] | None,
+    shift: Float[Tensor, "#batch width"],
+    mask: Bool[Tensor, "#batch pos"],
+    *,
+    gate: Float[Tensor, "batch pos"] | None = None,
+    bounds: tuple[Float[Tensor, "#batch width"], Float[Tensor, "#batch width"]] | None = None,
+) -> Float[Tensor, "batch pos width"]:
+    """`x + g * (scale*x + shift)` where the mask holds and `low <= x <= high`, `x` elsewhere.
+
+    No `scale` is 0, no `gate` is 1, no `bounds` are infinite. It needs one token at a time, so a KV
+    cache stays valid.
+    """
+    wide = _wide(x)
+    change = shift[:, None] if scale is None else wide * scale[:, None] + shift[:, None]
+    if gate is not None:
+        change = gate[..., None] * change
+    moves = mask[..., None]
+    if bounds is not None:
+        low, high = bounds
+        moves = moves & (wide >= low[:, None]) & (wide <= high[:, None])
+    return torch.where(moves, (wide + change).to(x.dtype), x)
+
+
+def gate_value(
+    x: Float[Tensor, "batch pos width"],
+    theta: Float[Tensor, "#batch width"],
+    bias: Float[Tensor, "#batch"],
+    kind: str,
+) -> Float[Tensor, "batch pos"]:
+    """`sigmoid(theta.x + bias)` of every token, or with `kind="relu"` what of it is above 0.
+
+    The sigmoid of z is the softmax of (z, 0): PyTorch's `sigmoid` rounds the last few numbers of a
+    tensor otherwise than the rest, and a row's gate would depend on its place in the batch.
+    """
+    z = (_wide(x) * theta[:, None]).sum(dim=-1) + bias[:, None]
+    if kind == "relu":
+        return z.relu()
+    return torch.stack([z, torch.zeros_like(z)], dim=-1).softmax(dim=-1)[..., 0]
 
 
 def mean_shift(

@@ -1,4 +1,5 @@
-"""A plan <-> one safetensors file: tensors in float32 or wider, everything else as JSON metadata.
+"""A plan <-> one safetensors file: tensors in float32 or wider (masks as truth values), everything
+else as JSON metadata. Version 1, which knew one kind of step, is read too.
 
 safetensors has no checksum (flipped bits load silently), so the metadata carries a SHA-256 over the
 tensors, and a second one over the JSON itself. A file is written beside its place and moved there,
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fusion_lens.deltas import Deltas
-from fusion_lens.errors import FusionLensError, OutputError, PlanError
+from fusion_lens.errors import FusionLensError, OutputError, PlanError, one_of
 from fusion_lens.models import ModelIdentity
-from fusion_lens.plans import Plan, Segment, Step
+from fusion_lens.plans import Affine, Gate, Plan, Segment, Step
 from fusion_lens.prompts import Layout
 from fusion_lens.tensor_files import tensors_digest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
@@ -37,16 +38,20 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     steps = []
     for n, step in enumerate(plan.steps):
-        tensors[f"steps.{n}.reference"] = step.deltas.reference.contiguous().clone()
-        tensors[f"steps.{n}.base"] = step.deltas.base.contiguous().clone()
+        told, own = _of_step(step) if isinstance(step, Step) else _of_affine(step)
+        if step.gate is not None:
+            told["gate"] = step.gate.kind
+            own |= {f"gate.{name}": getattr(step.gate, name) for name in _GATE}
+        for name, tensor in own.items():
+            tensors[f"steps.{n}.{name}"] = tensor.contiguous().clone()
         steps.append(
             {
+                **told,
                 "segments": [asdict(segment) for segment in step.segments],
                 "coeffs": list(step.coeffs),
-                "mean": step.mean,
                 "positions": step.positions,
                 "steer_special": step.steer_special,
-                "layout": asdict(step.deltas.layout),
+                "layout": asdict(step.layout),
             }
         )
     content = json.dumps(
@@ -96,28 +101,82 @@ def _plan_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
     if hashlib.sha256(metadata["plan"].encode()).hexdigest() != metadata.get("sha256"):
         raise PlanError("its metadata does not match their checksum; the file was altered.")
     content: dict[str, Any] = json.loads(metadata["plan"])
-    if content["schema_version"] != SCHEMA_VERSION:
-        raise PlanError(
-            f"schema_version must be {SCHEMA_VERSION}, but got {content['schema_version']}."
-        )
+    version = content["schema_version"]
+    if version not in (1, SCHEMA_VERSION):
+        raise PlanError(f"schema_version must be 1 or {SCHEMA_VERSION}, but got {version}.")
     if tensors_digest(tensors) != content["tensors_sha256"]:
         raise PlanError("its tensors do not match their checksum; the file is damaged.")
     model = ModelIdentity(**content["model"])
-    return Plan(
-        tuple(
-            Step(
-                deltas=Deltas(
-                    reference=tensors[f"steps.{n}.reference"],
-                    base=tensors[f"steps.{n}.base"],
-                    layout=Layout(step["layout"]["length"], tuple(step["layout"]["special"])),
-                    model=model,
-                ),
-                segments=tuple(Segment(**segment) for segment in step["segments"]),
-                coeffs=tuple(step["coeffs"]),
-                mean=step["mean"],
-                positions=step["positions"],
-                steer_special=step["steer_special"],
-            )
-            for n, step in enumerate(content["steps"])
-        )
+    steps = []
+    for n, told in enumerate(content["steps"]):
+        begin = f"steps.{n}."
+        own = {
+            name.removeprefix(begin): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(begin)
+        }
+        # version 1 knows one kind
+        kind = "deltas" if version == 1 else told["kind"]
+        read = _KINDS[one_of("a step's kind", kind, tuple(_KINDS))]
+        steps.append(read(told, own, model))
+    return Plan(tuple(steps))
+
+
+def _of_step(step: Step) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {"reference": step.deltas.reference, "base": step.deltas.base}
+    if step.units is not None:
+        tensors["units"] = step.units
+    return {"kind": "deltas", "mean": step.mean}, tensors
+
+
+def _of_affine(step: Affine) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    named = {"scale": step.scale, "shift": step.shift, "low": step.low, "high": step.high}
+    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    return {"kind": "affine", "site": step.site}, tensors
+
+
+def _step_from(
+    told: Mapping[str, Any], tensors: Mapping[str, Tensor], model: ModelIdentity
+) -> Step:
+    deltas = Deltas(
+        reference=tensors["reference"], base=tensors["base"], layout=_layout(told), model=model
     )
+    return Step(
+        deltas=deltas, mean=told["mean"], units=tensors.get("units"), **_shared(told, tensors)
+    )
+
+
+def _affine_from(
+    told: Mapping[str, Any], tensors: Mapping[str, Tensor], model: ModelIdentity
+) -> Affine:
+    return Affine(
+        site=told["site"],
+        scale=tensors["scale"],
+        shift=tensors["shift"],
+        low=tensors.get("low"),
+        high=tensors.get("high"),
+        model=model,
+        layout=_layout(told),
+        **_shared(told, tensors),
+    )
+
+
+def _shared(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    gate = None
+    if told.get("gate") is not None:
+        gate = Gate(kind=told["gate"], **{name: tensors[f"gate.{name}"] for name in _GATE})
+    return {
+        "segments": tuple(Segment(**segment) for segment in told["segments"]),
+        "coeffs": tuple(told["coeffs"]),
+        "positions": told["positions"],
+        "steer_special": told["steer_special"],
+        "gate": gate,
+    }
+
+
+def _layout(told: Mapping[str, Any]) -> Layout:
+    return Layout(told["layout"]["length"], tuple(told["layout"]["special"]))
+
+
+_GATE = ("theta", "bias", "open")
+_KINDS: dict[str, Callable[..., Step | Affine]] = {"deltas": _step_from, "affine": _affine_from}

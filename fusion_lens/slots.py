@@ -6,13 +6,14 @@ on its neighbours, its slot, or when it began. Transformers' `StaticCache` keeps
 rows; the cache here keeps one for each, from position 0 of its slot.
 
 The last position of a filling pass and all of the others' are of a plan's kind "completion", the
-rest "prompt". Steps that add a constant shift therefore become one tensor "slot layer d_model" for
-each kind.
+rest "prompt". Plans of steps that add a constant shift therefore become one tensor
+"slot layer d_model" for each kind. All other plans keep their steps (`moves`): a row without such a
+plan passes them unchanged, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,8 +27,10 @@ from fusion_lens.activations import left_padded, padded_length
 from fusion_lens.decoding import Completion, GenerationConfig, Row, Tape
 from fusion_lens.engine_log import out_of_memory
 from fusion_lens.executors import LeanModule, close, probe_steering, probe_tokens
-from fusion_lens.lean import AtBlock, Lean, all_attend, attention_masks
-from fusion_lens.models import HookedModel, KeyValues, decode, stop_tokens
+from fusion_lens.hooks import Cursor, batch_steering
+from fusion_lens.lean import AtSite, Lean, all_attend, attention_masks
+from fusion_lens.models import HookedModel, KeyValues, Place, decode, stop_tokens
+from fusion_lens.moves import Moves
 from fusion_lens.plans import Plan
 
 _STEPS = 8
@@ -95,6 +98,10 @@ class Slots:
         self._none = torch.zeros((n_layers, d_model), dtype=wide)
         self._shift = torch.zeros((config.slots, n_layers, d_model), dtype=wide, device=device)
         self._steered = False
+        self._everywhere = torch.ones((config.slots, 1), dtype=torch.bool, device=device)
+        self._moves = Moves(config.slots, n_layers, device)
+        self.at: dict[Place, AtSite] = {}
+        """What is done in every pass but a filling one."""
 
     def fill(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         """Seat these rows: read their prompts and choose their first tokens."""
@@ -109,11 +116,13 @@ class Slots:
             index.device,
             width=padded_length(max(map(len, prompts))),
         )
-        with self._lean.at_blocks(self._steer_prompts(rows, mask)):
+        with self._lean.at_sites(self._steer_prompts(rows, mask)):
             first = self._passes.fill(slots, tokens, mask)
         for slot, row in zip(slots, rows, strict=True):
             self._shift[slot] = self._shift_of(row.plan, "completion")
-            self._steered |= row.plan is not None
+            self._steered |= row.plan is not None and row.plan.is_constant
+            self._moves.seat(slot, None if _is_constant(row.plan) else row.plan)
+        self.at = self._steer_steps()
         self._position[index] = mask[: len(rows)].sum(dim=-1)
         self.tape.start(slots, rows)
         logits = first.new_zeros((self.n_slots, first.shape[-1]))
@@ -123,10 +132,7 @@ class Slots:
 
     def step(self) -> None:
         """Feed every slot its token and choose the next; finished slots stand still."""
-        at: dict[int, AtBlock] = {}
-        if self._steered:
-            at = {layer: partial(self._add, layer) for layer in range(self._shift.shape[1])}
-        with self._lean.at_blocks(at):
+        with self._lean.at_sites(self.at):
             logits = self._passes.step(self._token, self._position)
         self._choose(logits)
         self._position += self.tape.going
@@ -142,11 +148,36 @@ class Slots:
         # rounded once: the sum of a half and a float32 is taken in float32
         resid.add_(self._shift[:, layer, None])
 
+    def _move(self, place: Place, x: Tensor) -> Tensor:
+        site, layer = place
+        for group in self._moves.groups:
+            if group.kind.site == site and group.kind.positions != "prompt":
+                x = group.steer(layer, x, self._everywhere)
+        return x
+
+    def _steer_steps(self) -> dict[Place, AtSite]:
+        """All positions are "completion"."""
+        at: dict[Place, AtSite] = {}
+        if self._steered:
+            layers = range(self._shift.shape[1])
+            at = {("resid_post", layer): partial(self._add, layer) for layer in layers}
+        return _then(at, {place: partial(self._move, place) for place in self._moves.places})
+
     def _steer_prompts(
         self, rows: Sequence[Row], mask: Int[Tensor, "row pos"]
-    ) -> dict[int, AtBlock]:
+    ) -> dict[Place, AtSite]:
         """All positions of left-padded prompts as "prompt", but the last as "completion"."""
-        if all(row.plan is None for row in rows):
+        idle = [Row(rows[0].prompt)] * (self.n_filled - len(rows))
+        full = [*rows, *idle]
+        others = [None if _is_constant(row.plan) else row.plan for row in full]
+        layouts = [row.prompt.layout for row in full]
+        moved = batch_steering(others, layouts, Cursor(0, mask.shape[1]))
+        return _then(self._add_to_prompts(rows, mask), moved)
+
+    def _add_to_prompts(
+        self, rows: Sequence[Row], mask: Int[Tensor, "row pos"]
+    ) -> dict[Place, AtSite]:
+        if not any(row.plan is not None and row.plan.is_constant for row in rows):
             return {}
         width = mask.shape[1]
         special = torch.zeros(mask.shape, dtype=torch.bool)
@@ -173,10 +204,27 @@ class Slots:
             resid[:, :-1].add_(shift.masked_fill_(is_padding, 0))
             resid[:, -1].add_(last[:, layer])
 
-        return {layer: partial(add, layer) for layer in range(self._shift.shape[1])}
+        return {("resid_post", layer): partial(add, layer) for layer in range(self._shift.shape[1])}
 
     def _shift_of(self, plan: Plan | None, position: str, *, special: bool = False) -> Tensor:
-        return self._none if plan is None else plan.shift_at(position, special=special)
+        if plan is None or not plan.is_constant:
+            return self._none
+        return plan.shift_at(position, special=special)
+
+
+def _is_constant(plan: Plan | None) -> bool:
+    return plan is None or plan.is_constant
+
+
+def _then(first: Mapping[Place, AtSite], second: Mapping[Place, AtSite]) -> dict[Place, AtSite]:
+    """Both, where both do something; the first changes its argument in place."""
+
+    def both(place: Place, x: Tensor) -> Tensor | None:
+        first[place](x)
+        return second[place](x)
+
+    shared = {place: partial(both, place) for place in first.keys() & second.keys()}
+    return {**first, **second, **shared}
 
 
 @dataclass(slots=True, eq=False)

@@ -25,8 +25,8 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import PlanError, SpanError
 from fusion_lens.executors import Executor, executor_of
 from fusion_lens.hooks import Cursor, batch_steering
-from fusion_lens.lean import AtBlock
-from fusion_lens.models import HookedModel, evaluating, identify
+from fusion_lens.lean import AtSite
+from fusion_lens.models import HookedModel, Place, evaluating, identify
 from fusion_lens.plans import Plan
 from fusion_lens.preparation import Prepared
 from fusion_lens.prompts import Prompt, continuation
@@ -137,7 +137,7 @@ def token_log_probs(
             )
 
     def read(run: Executor, batch: Batch) -> list[tuple[float, ...]]:
-        with run.at_blocks(batch.steering):
+        with run.at_sites(batch.steering):
             logits = run.forward(batch.tokens, batch.mask, last=batch.n_written + 1)[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             at_least_float32(logits).flatten(0, 1),
@@ -162,7 +162,7 @@ class Batch:
     mask: Int[Tensor, "batch pos"]
     n_written: int
     places: tuple[slice, ...]
-    steering: dict[int, AtBlock]
+    steering: dict[Place, AtSite]
 
     @staticmethod
     def of(rows: Sequence[Text], width: int, n_written: int, device: torch.device) -> Batch:
@@ -192,13 +192,14 @@ def residuals(
     leaving: dict[int, Tensor] = {}
 
     def at(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-        steer = batch.steering.get(layer)
+        steer = batch.steering.get(("resid_post", layer))
         changed = None if steer is None else steer(resid)
         entering[layer] = resid
         leaving[layer] = resid if changed is None else changed
         return changed
 
-    with run.at_blocks({layer: partial(at, layer) for layer in range(n_layers)}):
+    recording = {("resid_post", layer): partial(at, layer) for layer in range(n_layers)}
+    with run.at_sites({**batch.steering, **recording}):
         run.forward(batch.tokens, batch.mask, last=1)
     return [entering[layer] for layer in range(n_layers)], [leaving[n] for n in range(n_layers)]
 
@@ -223,10 +224,11 @@ def in_batches(
             text.plan.check(identity)
             if text.plan.needs_sequence:
                 raise PlanError(
-                    "a plan must have a constant shift to be read teacher-forced, but has "
+                    "a plan must need one token at a time to be read teacher-forced, but has "
                     'mean="sequence"; tune with mean="question".'
                 )
-    run, reason = executor_of(model, executor)
+    sites = {site for text in texts if text.plan is not None for site in text.plan.sites}
+    run, reason = executor_of(model, executor, sites)
     log.fell_back(reason)
     done: dict[int, T] = {}
 

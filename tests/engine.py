@@ -75,6 +75,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3Config", _GROUPS),
     "olmo": ("OlmoConfig", _GROUPS),
+    "phi": ("PhiConfig", _SIZES),
     "gpt_neo": (
         "GPTNeoConfig",
         {

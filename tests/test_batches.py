@@ -17,9 +17,9 @@ from fusion_lens.batches import write_in_batches
 from fusion_lens.decoding import Row
 from fusion_lens.executors import HookPoints
 from fusion_lens.generation import GenerationConfig
-from fusion_lens.lean import AtBlock
+from fusion_lens.lean import AtBlock, AtSite
 from fusion_lens.likelihood import completion_nll
-from fusion_lens.models import HookedModel, KeyValues, evaluating, load_model
+from fusion_lens.models import HookedModel, KeyValues, Place, evaluating, load_model
 from fusion_lens.plans import Plan, make_plan
 
 KINDS = ("hooks", "hooks_uncached", "lean_uncached", "lean_sequence", "hooks_sequence")
@@ -144,6 +144,11 @@ class Watched:
     @contextmanager
     def at_blocks(self, at: Mapping[int, AtBlock]) -> Iterator[None]:
         with self.points.at_blocks(at):
+            yield
+
+    @contextmanager
+    def at_sites(self, at: Mapping[Place, AtSite]) -> Iterator[None]:
+        with self.points.at_sites(at):
             yield
 
     def forward(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import deltas_of, strong_plan
+from kinds import SITES, every_plan
 
 from fusion_lens.divergence import WINDOW, kl_unrelated, unrelated_texts
 from fusion_lens.errors import ConfigError, InputFileError
@@ -22,7 +23,9 @@ def by_hand(model: HookedModel, texts: list[Prompt], plan=None, prefix=()) -> fl
     for text in texts:
         plain = torch.tensor([text.tokens])
         told = torch.tensor([text.tokens[:1] + prefix + text.tokens[1:]])
-        hooks = [] if plan is None else fwd_hooks(plan, prompt=Layout(told.shape[1], (0,)))
+        hooks = (
+            [] if plan is None else fwd_hooks(plan, model=model, prompt=Layout(told.shape[1], (0,)))
+        )
         with torch.no_grad():
             p = model(plain)[0, 1:].double().log_softmax(dim=-1)
             q = model.run_with_hooks(told, fwd_hooks=hooks)[0].double().log_softmax(dim=-1)
@@ -56,6 +59,21 @@ def test_a_text_counts_as_written_by_the_model(tiny: HookedModel, texts: list[Pr
     everywhere, written, prompt = kl_unrelated(tiny, texts, plans)
     assert everywhere == written > 0.01
     assert prompt == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_kind_of_step_for_every_position_moves_unrelated_text(
+    tiny: HookedModel, texts: list[Prompt], site: str
+) -> None:
+    plans = [
+        plan
+        for plan in every_plan(tiny).values()
+        if site in plan.sites and all(step.positions == "all" for step in plan.steps)
+    ]
+    assert len(plans) >= 7
+    for plan, kl in zip(plans, kl_unrelated(tiny, texts, plans), strict=True):
+        assert kl == pytest.approx(by_hand(tiny, texts, plan), rel=1e-2)
+        assert kl > 1e-4
 
 
 def test_what_is_measured_does_not_depend_on_what_else_is(

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from engine import (
     slow_logits,
     written,
 )
+from kinds import affine_of, by_hand, every_plan
 
 from fusion_lens.activations import record
 from fusion_lens.decoding import Completion
 from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import ConfigError, HookNameError, UnfitModelError
+from fusion_lens.errors import ConfigError, HookNameError, ModelError, UnfitModelError
 from fusion_lens.executors import (
     HookPoints,
     LeanModule,
@@ -36,7 +38,7 @@ from fusion_lens.executors import (
 )
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.likelihood import completion_nll
-from fusion_lens.models import HookedModel, KeyValues, evaluating, load_model, resid_post
+from fusion_lens.models import HookedModel, KeyValues, evaluating, load_model, resid_post, site_hook
 from fusion_lens.plans import Plan, full, make_plan, per_layer
 from fusion_lens.slots import slots_fit
 
@@ -555,6 +557,120 @@ def test_what_is_done_at_a_block_is_done_while_the_context_lasts_and_by_both_exe
     assert torch.allclose(seen["lean"][0], seen["hooks"][0], atol=1e-5)
     assert torch.allclose(seen["lean"][1], seen["hooks"][1], atol=1e-5)
     assert (seen["lean"][0] - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("site", ["attn_z", "mlp_out"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_done_inside_a_block_is_done_by_both_executors(name: str, site: str) -> None:
+    model: Any = family(name)
+    lean, reason = executor_of(model, sites=[site])
+    assert (lean.name, reason) == ("lean", None)
+    tokens = torch.tensor([[0, 0, 1, 50, 60], [1, 70, 80, 90, 100]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    seen: dict[str, list[torch.Tensor]] = {}
+    for executor in (HookPoints(model), lean):
+        streams: list[torch.Tensor] = []
+        at: Any = {(site, 1): lambda x: x + 0.5 * x.roll(1, dims=-1), (site, 2): streams.append}
+        with evaluating(model):
+            before = executor.forward(tokens, mask)
+            with executor.at_sites(at):
+                inside = executor.forward(tokens, mask)
+            assert torch.equal(executor.forward(tokens, mask), before)
+        assert len(streams) == 1
+        seen[executor.name] = [inside, *streams]
+        assert (inside - before).abs().max() > 0.01
+    for one, other in zip(seen["lean"], seen["hooks"], strict=True):
+        assert ((one - other)[mask == 1]).abs().max() < 1e-4
+    assert seen["lean"][1].shape == (2, 5, 48)
+
+
+def test_a_site_whose_module_has_no_name_is_run_by_hook_points_and_takes_no_row_along(
+    tiny_folder: Path,
+) -> None:
+    model = load_model(tiny_folder)
+    lean_of(model).sites = {}
+    prompt = prompts_of(model)[0]
+    inside = Row(prompt, Plan((affine_of(model, "attn_z"),)))
+    rows = [Row(prompt, strong_plan(model)), inside, Row(prompt)]
+    log = EngineLog()
+    together = written(model, rows, log)
+    reason = "its blocks do not name their attention's output projection"
+    assert log.to_dict() == {"rows": {"lean": 2, "hooks": 1}, "reasons": [reason], "halvings": 0}
+    assert (logits_of(together[1]) - by_hand(model, inside, together[1])).abs().max() < 1e-4
+    with pytest.raises(UnfitModelError, match=reason):
+        generate(model, [inside], GenerationConfig(executor="lean"))
+
+
+def test_a_site_where_the_module_computes_something_else_is_run_by_hook_points(
+    tiny_folder: Path,
+) -> None:
+    model = load_model(tiny_folder)
+    lean = lean_of(model)
+    lean.written_out = None
+    lean.sites = {**lean.sites, "mlp_out": lean.sites["attn_z"]}
+    executor, reason = executor_of(model, sites=["mlp_out"])
+    assert executor == HookPoints(model)
+    assert reason == "its module computes something else than its hook points at mlp_out"
+    # it is tried once, and the other sites are left alone
+    lean.sites = {}
+    assert executor_of(model, sites=["mlp_out"])[1] == reason
+    assert executor_of(model, sites=["resid_post"]) == (LeanModule(lean), None)
+
+
+def test_a_site_whose_module_raises_is_run_by_hook_points(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_folder)
+    lean = lean_of(model)
+    lean.written_out = None
+    lean.sites = {"attn_z": (torch.nn.Identity(),) * 3 + (None,)}  # type: ignore[dict-item]
+    _, reason = executor_of(model, sites=["attn_z"])
+    assert reason is not None
+    assert reason.startswith("its module gave AttributeError: ")
+
+
+def test_a_model_without_the_hook_of_a_site_is_refused_by_both_executors(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_folder)
+    row = Row(prompts_of(model)[0], Plan((affine_of(model, "attn_z"),)))
+    monkeypatch.setattr("fusion_lens.models.attn_z", lambda layer: f"blocks.{layer}.attn.hook_zz")
+    for executor in ("auto", "lean", "hooks"):
+        with pytest.raises(HookNameError, match=r"got 'blocks\.0\.attn\.hook_zz'"):
+            written(model, [row], executor=executor)
+
+
+@pytest.mark.parametrize("executor", ["auto", "hooks"])
+def test_a_hook_point_that_is_never_run_is_not_taken_for_steering(executor: str) -> None:
+    # OPT's blocks have no MLP of their own: a bridge has a hook point of that name all the same
+    with TemporaryDirectory() as folder:
+        model: Any = load_model(save_family("opt", Path(folder)))
+    assert site_hook(model, "mlp_out", 0) == "blocks.0.mlp.out.hook_out"
+    row = Row(prompts_of(model)[0], Plan((affine_of(model, "mlp_out"),)))
+    dead = "blocks.{}.mlp.hook_out"
+    assert dead.format(0) in model.hook_dict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusion_lens.executors.site_hook", lambda model, site, n: dead.format(n))
+        message = r"mlp_out must reach the logits, but blocks\.0\.mlp\.hook_out of .* changes noth"
+        with pytest.raises(ModelError, match=message):
+            written(model, [row], executor=executor)
+    plain = written(model, [Row(row.prompt)], executor=executor)
+    moved = written(model, [row], executor=executor)
+    assert largest_gap(moved, plain) > 0.01
+
+
+def test_hook_points_of_a_hooked_transformer_run_every_kind_of_step(
+    hooked_transformer: HookedModel,
+) -> None:
+    prompt = prompts_of(hooked_transformer)[0]
+    plans = every_plan(hooked_transformer)
+    rows = [Row(prompt, plan) for plan in plans.values()]
+    done = written(hooked_transformer, rows, slots=16)
+    gaps = {
+        name: float((logits_of(one) - by_hand(hooked_transformer, row, one)).abs().max())
+        for name, row, one in zip(plans, rows, done, strict=True)
+    }
+    assert {name: gap for name, gap in gaps.items() if gap >= 1e-4} == {}
 
 
 def test_a_cached_step_continues_a_padded_pass(tiny: HookedModel) -> None:

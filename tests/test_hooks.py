@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import deltas_of, n_hooks, prompts_of, strong_plan
+from kinds import SITES, affine_of, every_plan
 
 from fusion_lens.errors import HookNameError, PlanError
 from fusion_lens.executors import hooked
@@ -199,7 +200,7 @@ def test_a_plan_for_every_position_steers_the_bridges_own_cached_generation(
 def test_a_batch_row_without_a_plan_is_untouched_beside_rows_with_one(tiny: HookedModel) -> None:
     prompts = prompts_of(tiny)
     at = batch_steering([None, strong_plan(tiny), None], [p.layout for p in prompts], Cursor(0))
-    assert list(at) == [0, 1, 2, 3]
+    assert list(at) == [("resid_post", layer) for layer in range(4)]
     resid = torch.randn(3, max(len(p.tokens) for p in prompts), 32)
     for act in at.values():
         out = act(resid)
@@ -274,3 +275,73 @@ def test_a_plan_of_another_width_is_refused_by_the_hook_itself(tiny: HookedModel
     (_, hook), *_ = fwd_hooks(strong_plan(tiny))
     with pytest.raises(PlanError, match="got 32 for a residual of 8"):
         hook(torch.zeros(1, 60, 8))
+
+
+def test_a_plan_that_acts_at_the_mlps_output_needs_the_model_to_name_its_hook(
+    tiny: HookedModel, hooked_transformer: HookedModel
+) -> None:
+    plan = Plan((affine_of(tiny, "mlp_out"),))
+    with pytest.raises(PlanError, match=r"at mlp_out must be given the model .* fwd_hooks its mod"):
+        fwd_hooks(plan)
+    for model, name in ((tiny, "mlp.hook_out"), (hooked_transformer, "hook_mlp_out")):
+        names = [name for name, _ in fwd_hooks(plan, model=model)]
+        assert names == [f"blocks.{layer}.{name}" for layer in range(4)]
+    names = [name for name, _ in fwd_hooks(Plan((affine_of(tiny, "attn_z"),)))]
+    assert names == [f"blocks.{layer}.attn.hook_z" for layer in range(4)]
+
+
+def test_a_hook_the_model_does_not_have_is_found_where_the_model_is_given(
+    tiny: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusion_lens.models.attn_z", lambda layer: f"blocks.{layer}.attn.hook_zz")
+    with pytest.raises(HookNameError, match=r"got 'blocks\.0\.attn\.hook_zz'"):
+        fwd_hooks(Plan((affine_of(tiny, "attn_z"),)), model=tiny)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_kind_of_step_continues_in_a_users_own_cached_loop(
+    tiny: HookedModel, site: str
+) -> None:
+    prompt = question_prompt(tiny, "Who wrote the red book?")
+    tokens = torch.tensor([(*prompt.tokens, 40, 41)])
+    parts = (tokens[:, : len(prompt.tokens)], *tokens[:, len(prompt.tokens) :].split(1, dim=1))
+    for plan in every_plan(tiny).values():
+        if site not in plan.sites:
+            continue
+        whole = tiny.run_with_hooks(tokens, fwd_hooks=fwd_hooks(plan, model=tiny))
+        cache, steps, offset = None, [], 0
+        for part in parts:
+            logits, cache = tiny.run_with_hooks(
+                part,
+                return_type="logits_and_cache",
+                use_cache=True,
+                past_key_values=cache,
+                fwd_hooks=fwd_hooks(plan, model=tiny, offset=offset),
+            )
+            offset += part.shape[1]
+            steps.append(logits)
+        assert torch.allclose(torch.cat(steps, dim=1), whole, atol=5e-5)
+
+
+def test_an_affine_step_for_the_prompt_alone_refuses_a_cached_step_without_an_offset(
+    tiny: HookedModel,
+) -> None:
+    limited = Plan((affine_of(tiny, "attn_z", positions="prompt"),))
+    with pytest.raises(PlanError, match="needs the offset of a pass of 1 tokens, shorter than its"):
+        tiny.run_with_hooks(torch.tensor([[40]]), fwd_hooks=fwd_hooks(limited))
+    everywhere = Plan((affine_of(tiny, "attn_z"),))
+    plain = tiny(torch.tensor([[40]]))
+    moved = tiny.run_with_hooks(torch.tensor([[40]]), fwd_hooks=fwd_hooks(everywhere))
+    assert (moved - plain).abs().max() > 0.01
+    assert n_hooks(tiny) == 0
+
+
+def test_steering_runs_every_kind_of_step_and_leaves_nothing_behind(tiny: HookedModel) -> None:
+    prompt = question_prompt(tiny, "Who wrote the red book?")
+    tokens = prompt.to_tensor()
+    plain = tiny(tokens)
+    for plan in every_plan(tiny).values():
+        with steering(tiny, plan, prompt=prompt):
+            assert not torch.equal(tiny(tokens), plain)
+        assert torch.equal(tiny(tokens), plain)
+        assert n_hooks(tiny) == 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import deltas_of, prompts_of, strong_plan
+from kinds import affine_of, gate_of, step_of
 from test_attribution import WRITTEN, linear
 
 from fusion_lens.attribution import Attribution, FeatureEffect, attribute
@@ -143,6 +144,28 @@ def test_a_recomputed_mean_and_steps_at_different_places_cannot_be_taken_apart(
     both = make_plan(deltas_of(tiny), 1.0, positions="prompt") + make_plan(deltas_of(tiny), 1.0)
     with pytest.raises(PlanError, match="at one kind of positions"):
         with_shift(both, vectors)
+
+
+def test_what_depends_on_its_input_cannot_be_taken_apart(
+    tiny: HookedModel, found: Attribution
+) -> None:
+    gated = Plan((step_of(tiny, gate=gate_of(tiny, "resid_post")),))
+    for plan in (gated, Plan((affine_of(tiny, "attn_z"),)), strong_plan(tiny) + gated):
+        with pytest.raises(PlanError, match="features can be taken out of a constant shift"):
+            with_shift(plan, torch.zeros(4, 32))
+        for make in (keep_features, remove_features):
+            with pytest.raises(PlanError, match="must add the same to every token to have a shift"):
+                make(plan, found, found.top(1))
+        with pytest.raises(PlanError, match="must add the same to every token to have a shift"):
+            feature_alone(plan, TWO, 5, 1.0)
+
+
+def test_a_masked_shift_is_taken_apart_as_it_is(tiny: HookedModel) -> None:
+    units = torch.arange(32).expand(4, 32) % 2 == 0
+    masked = Plan((step_of(tiny, units=units),))
+    vectors = torch.ones(4, 32)
+    assert torch.equal(shift(with_shift(masked, vectors)), vectors)
+    assert torch.equal(shift_of(masked), shift(masked))
 
 
 def test_a_feature_of_no_dictionary_is_refused_and_one_without_a_code_adds_nothing(

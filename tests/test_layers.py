@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "operators", "progress", "differences"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
-        *{"pictures", "tables", "record_files"},
+        *{"pictures", "tables", "record_files", "segments"},
     },
     {"scores", "question_layouts"},
     {"claims"},
@@ -27,7 +27,9 @@ LAYERS = (
     {"executors", "sae_files", "crosscoder_files"},
     {"activations", "saes"},
     {"deltas"},
+    {"steps"},
     {"plans", "controls", "perplexity"},
+    {"moves"},
     {"plan_files", "hooks", "decoding"},
     {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood", "details"},

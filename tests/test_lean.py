@@ -138,6 +138,45 @@ def test_a_hook_behind_a_block_sees_and_changes_the_residual_stream(tiny: Hooked
     assert (inside - before).abs().max() > 0.05
 
 
+def test_modules_inside_a_block_get_a_hook_when_something_is_first_done_there(
+    tiny: HookedModel,
+) -> None:
+    lean = share(tiny)
+
+    def n_hooked() -> int:
+        parts = [*lean.module.modules()]
+        return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+
+    prompt = prompts_of(tiny)[0].to_tensor()
+    before = whole_pass(lean, prompt)
+    at_first = n_hooked()
+    for n, site in enumerate(("attn_z", "mlp_out"), start=1):
+        for _ in range(2):
+            with lean.at_sites({(site, 1): lambda x: 2.0 * x}):
+                assert (whole_pass(lean, prompt) - before).abs().max() > 0.01
+            assert n_hooked() == at_first + 4 * n
+    assert torch.equal(whole_pass(lean, prompt), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "mlp"),
+    [
+        ("gpt2", "attn.c_proj", "mlp"),
+        ("gpt_neox", "attention.dense", "mlp"),
+        ("phi", "self_attn.dense", "mlp"),
+        ("opt", "self_attn.out_proj", "fc2"),
+    ],
+)
+def test_a_site_is_found_under_the_familys_own_names(name: str, attention: str, mlp: str) -> None:
+    lean = share(family(name))
+    names = {id(module): path for path, module in lean.module.named_modules()}
+    for site, expected in (("attn_z", attention), ("mlp_out", mlp)):
+        found = [names[id(module)] for module in lean.sites[site]]
+        assert [path.split(f"{layer}.", 1)[1] for layer, path in enumerate(found)] == [
+            expected
+        ] * len(found)
+
+
 def test_what_is_done_at_blocks_ends_with_an_exception(tiny: HookedModel) -> None:
     lean = share(tiny)
     prompt = prompts_of(tiny)[0].to_tensor()

@@ -105,6 +105,22 @@ def test_a_hook_that_changes_the_stream_in_place_changes_it(lean: Lean) -> None:
     assert (ours - passes(lean)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("site", ["attn_z", "mlp_out"])
+def test_what_stands_inside_a_block_is_seen_and_changed_there(lean: Lean, site: str) -> None:
+    streams: list[torch.Tensor] = []
+    at: Any = {(site, 0): lambda x: x + 0.5, (site, 2): streams.append, (site, 3): lambda x: -x}
+    with lean.at_sites(at):
+        ours = passes(lean)
+        with by_the_module(lean):
+            theirs = passes(lean)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - passes(lean)).abs().max() > 0.1
+    for one, other in zip(streams[:3], streams[3:], strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    with lean.at_sites({(site, layer): lambda x: None for layer in range(4)}):
+        assert (passes(lean) - passes(lean)).abs().max() == 0
+
+
 @pytest.mark.parametrize(("name", "number"), [("llama", 29), ("qwen2", 13)])
 def test_every_bias_counts(name: str, number: int, tmp_path: Path) -> None:
     lean = lean_of(load_model(save_family(name, tmp_path)))

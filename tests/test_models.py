@@ -10,10 +10,11 @@ import jaxtyping
 import pytest
 import torch
 from conftest import prompts_of
+from engine import family
 
 from fusion_lens import models
 from fusion_lens.activations import left_padded
-from fusion_lens.errors import HookNameError, MissingExtraError, ModelError
+from fusion_lens.errors import ConfigError, HookNameError, MissingExtraError, ModelError
 from fusion_lens.models import (
     KeyValues,
     check_hook_names,
@@ -22,6 +23,7 @@ from fusion_lens.models import (
     identify,
     load_model,
     resid_post,
+    site_hook,
     stop_tokens,
     token_texts,
 )
@@ -202,3 +204,32 @@ def test_opening_a_model_in_a_fresh_interpreter_prints_nothing() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_site_has_the_name_of_the_wrappers_own_hook(tiny, hooked_transformer) -> None:
+    for model in (tiny, hooked_transformer):
+        assert site_hook(model, "resid_post", 2) == "blocks.2.hook_resid_post"
+        assert site_hook(model, "attn_z", 2) == "blocks.2.attn.hook_z"
+    assert site_hook(tiny, "mlp_out", 2) == "blocks.2.mlp.hook_out"
+    assert site_hook(hooked_transformer, "mlp_out", 2) == "blocks.2.hook_mlp_out"
+    # OPT's two linear maps stand in the block itself
+    assert site_hook(family("opt"), "mlp_out", 2) == "blocks.2.mlp.out.hook_out"
+    with pytest.raises(ConfigError, match="site must be one of resid_post, attn_z, mlp_out, but"):
+        site_hook(tiny, "resid_mid", 0)
+
+
+def test_an_mlps_output_behind_a_norm_is_not_its_own(hooked_transformer, monkeypatch) -> None:
+    monkeypatch.setattr(hooked_transformer.cfg, "use_normalization_before_and_after", True)
+    with pytest.raises(ModelError, match="must be the MLP's own output, but HookedTransformer's"):
+        site_hook(hooked_transformer, "mlp_out", 0)
+    assert site_hook(hooked_transformer, "attn_z", 0) == "blocks.0.attn.hook_z"
+
+
+def test_on_gemma_2_the_mlps_output_is_taken_before_the_norm_behind_it() -> None:
+    model = family("gemma2")
+    tokens = torch.tensor([[1, 50, 60]])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    own, normed = cache[site_hook(model, "mlp_out", 0)], cache["blocks.0.hook_mlp_out"]
+    assert torch.allclose(own, cache["blocks.0.mlp.out.hook_out"])
+    assert (own - normed).abs().max() > 0.01

@@ -1,19 +1,38 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import deltas_of, prompts_of, strong_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kinds import every_plan
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fusion_lens.deltas import Deltas
 from fusion_lens.errors import OutputError, PlanError
 from fusion_lens.hooks import fwd_hooks
+from fusion_lens.models import SITES, ModelIdentity
 from fusion_lens.plan_files import load_plan, save_plan
-from fusion_lens.plans import Plan, make_plan, per_layer
+from fusion_lens.plans import (
+    POSITIONS,
+    Affine,
+    Gate,
+    Plan,
+    Step,
+    even_segments,
+    make_plan,
+    per_layer,
+)
+from fusion_lens.prompts import Layout
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
@@ -34,6 +53,114 @@ def test_a_loaded_plan_is_the_saved_one_bit_for_bit(plan: Plan, tmp_path: Path) 
         names = ("segments", "coeffs", "mean", "positions", "steer_special")
         assert all(getattr(one, name) == getattr(other, name) for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two steps hold the same, tensors bit for bit."""
+    assert type(one) is type(other)
+    for field in fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, torch.Tensor):
+            same = mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        elif is_dataclass(mine) and not isinstance(mine, (Layout, ModelIdentity)):
+            same = same_tensors(mine, theirs)
+        else:
+            same = mine == theirs
+        if not same:
+            return False
+    return True
+
+
+def test_every_kind_of_step_is_loaded_as_it_was_saved(tiny, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    for plan in every_plan(tiny).values():
+        save_plan(plan, path)
+        loaded = load_plan(path)
+        assert all(map(same_tensors, loaded.steps, plan.steps))
+        assert len(loaded.steps) == len(plan.steps)
+        assert loaded.injected_norm == plan.injected_norm
+
+
+def test_a_file_of_version_1_is_read() -> None:
+    # written by the code that knew no other kind of step
+    plan = load_plan(DATA / "plan_version_1.safetensors")
+    base = torch.arange(12.0).view(3, 4)
+    first, second = plan.steps
+    assert isinstance(first, Step)
+    assert isinstance(second, Step)
+    assert torch.equal(first.deltas.base, base)
+    assert torch.equal(first.deltas.vectors, base + 1)
+    assert first.layout == second.layout == Layout(7, (0,))
+    assert (first.mean, first.positions, first.steer_special) == ("question", "completion", False)
+    assert (second.mean, second.positions, second.steer_special) == ("sequence", "all", True)
+    assert plan.coeffs == {"early": 0.5, "middle": -1.0, "late": 2.0, "one#2": 0.25}
+    assert (first.units, first.gate) == (None, None)
+
+
+finite = st.floats(-1e3, 1e3, width=32)
+
+
+def plan_of(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Plan:
+    """Up to three steps of any kind, of a model of any size."""
+    n_layers, d_model = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    model = ModelIdentity("m", "TransformerBridge", "unprocessed", n_layers, d_model, "x", "w", "e")
+    layout = Layout(draw(st.integers(1, 9)), tuple(draw(st.sets(st.integers(0, 8)))))
+
+    def tensor(*shape: int, values: st.SearchStrategy[float] = finite) -> torch.Tensor:
+        size = math.prod(shape)
+        drawn = draw(st.lists(values, min_size=size, max_size=size))
+        return torch.tensor(drawn, dtype=torch.float32).view(shape)
+
+    def truths(*shape: int) -> torch.Tensor:
+        return tensor(*shape, values=st.sampled_from([0.0, 1.0])) > 0
+
+    def step() -> Step | Affine:
+        site = draw(st.sampled_from(SITES))
+        width = draw(st.integers(1, 5)) if site == "attn_z" else d_model
+        segments = even_segments(n_layers, draw(st.integers(1, n_layers)))
+        shared: dict[str, Any] = {
+            "segments": segments,
+            "coeffs": tuple(draw(finite) for _ in segments),
+            "positions": draw(st.sampled_from(POSITIONS)),
+            "steer_special": draw(st.booleans()),
+        }
+        if draw(st.booleans()):
+            kind = draw(st.sampled_from(["sigmoid", "relu"]))
+            gate = Gate(tensor(n_layers, width), tensor(n_layers), truths(n_layers), kind)
+            shared["gate"] = gate
+        if draw(st.booleans()) and site == "resid_post":
+            units = truths(n_layers, width) if draw(st.booleans()) else None
+            reference, base = tensor(n_layers, width), tensor(n_layers, width)
+            return Step(Deltas(reference, base, layout, model), units=units, **shared)
+        bounds = st.floats(width=32, allow_nan=False)
+        return Affine(
+            site,
+            tensor(n_layers, width),
+            tensor(n_layers, width),
+            model=model,
+            layout=layout,
+            low=tensor(n_layers, width, values=bounds) if draw(st.booleans()) else None,
+            high=tensor(n_layers, width, values=bounds) if draw(st.booleans()) else None,
+            **shared,
+        )
+
+    return Plan(tuple(step() for _ in range(draw(st.integers(1, 3)))))
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_any_plan_survives_its_file(tmp_path: Path, data: st.DataObject) -> None:
+    # drawn here: jaxtyping's checks use `random`, which a strategy must not
+    plan = plan_of(data.draw)
+    path = tmp_path / "plan.safetensors"
+    save_plan(plan, path)
+    loaded = load_plan(path)
+    assert len(loaded.steps) == len(plan.steps)
+    assert all(map(same_tensors, loaded.steps, plan.steps))
 
 
 def test_a_loaded_plan_gives_equal_logits(tiny, tmp_path: Path) -> None:
@@ -103,9 +230,20 @@ def test_a_plan_with_a_valid_checksum_but_wrong_content_is_refused(
         content = file.metadata()["plan"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for old, new, message in (
-        ('"schema_version": 1', '"schema_version": 9', "schema_version must be 1, but got 9"),
+        (
+            '"schema_version": 2',
+            '"schema_version": 9',
+            "schema_version must be 1 or 2, but got 9",
+        ),
         ('"n_layers": 4', '"n_layers": 3', r"must have the shape \(3, 32\)"),
         ('"mean": "question"', '"mean": "median"', "mean must be one of question, sequence"),
+        (
+            '"kind": "deltas"',
+            '"kind": "turn"',
+            "a step's kind must be one of deltas, affine, but got",
+        ),
+        ('"kind": "deltas"', '"kind": "affine"', "as save_plan writes it, but: KeyError 'site'"),
+        ('"kind": "deltas"', '"gate": "relu", "kind": "deltas"', "but: KeyError 'gate.theta'"),
         ('"segments"', '"parts"', "must hold a plan as save_plan writes it, but: KeyError"),
     ):
         changed = content.replace(old, new)

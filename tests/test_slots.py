@@ -19,6 +19,7 @@ from engine import (
     slow_logits,
     written,
 )
+from kinds import affine_of, every_plan, gate_of, step_of
 
 from fusion_lens.decoding import Row
 from fusion_lens.engine_log import EngineLog
@@ -376,6 +377,45 @@ def test_a_sequence_mean_takes_the_slots_from_nobody_else(tiny: HookedModel, pla
         same_bits(one, written(tiny, [row], **FIXED)[0])
         for row, one in zip(rows, together, strict=True)
     )
+
+
+def test_constant_rows_keep_every_bit_beside_gated_and_affine_ones(
+    tiny: HookedModel, rows: list[Row]
+) -> None:
+    gated = Plan((step_of(tiny, gate=gate_of(tiny, "resid_post")),))
+    others = [gated, Plan((affine_of(tiny, "attn_z"),)), every_plan(tiny)["all_sites"]]
+    constant = written(tiny, rows, **FIXED)
+    mixed = []
+    for n, row in enumerate(rows):
+        mixed += [row, Row(row.prompt, others[n % 3])]
+    together = written(tiny, mixed, **FIXED)
+    assert all(map(same_bits, together[::2], constant))
+    alone = [written(tiny, [row], **FIXED)[0] for row in mixed[1:24:2]]
+    assert all(map(same_bits, alone, together[1:24:2]))
+    assert len({c.tokens for c in together[1::2]}) > 10
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_every_slot_writes_the_same_under_a_gate(tiny: HookedModel, slots: int) -> None:
+    plan = Plan((affine_of(tiny, "resid_post", gate=gate_of(tiny, "resid_post")),))
+    row = Row(prompts_of(tiny)[0], plan)
+    shape = {**FIXED, "slots": slots}
+    copies = written(tiny, [row] * slots, **shape)
+    assert all(same_bits(copy, copies[0]) for copy in copies)
+
+
+def test_slots_of_constant_rows_do_nothing_but_add(tiny: HookedModel, plan: Plan) -> None:
+    config = GenerationConfig(max_new_tokens=4, stop_at_eos=False, slots=2, cache_length=64)
+    prompt = prompts_of(tiny)[0]
+    with torch.no_grad():
+        slots = Slots(tiny, lean_of(tiny), config)
+        slots.fill([0, 1], [Row(prompt, plan), Row(prompt)])
+        assert list(slots.at) == [("resid_post", layer) for layer in range(4)]
+        slots.fill([1], [Row(prompt, Plan((affine_of(tiny, "attn_z"),)))])
+        assert {site for site, _ in slots.at} == {"resid_post", "attn_z"}
+        # the row is gone, and its steps with it
+        slots.fill([1], [Row(prompt)])
+        assert {site for site, _ in slots.at} == {"resid_post"}
 
 
 def test_a_module_that_the_slot_cache_does_not_suit_runs_lean_in_batches(

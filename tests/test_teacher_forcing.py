@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import deltas_of, prompts_of, strong_plan
+from kinds import SITES, by_hand, every_plan
 
+from fusion_lens.decoding import Completion, Row
 from fusion_lens.errors import PlanError, SpanError
 from fusion_lens.hooks import fwd_hooks, steering
 from fusion_lens.models import HookedModel, load_model, resid_post
@@ -115,7 +117,9 @@ def test_a_plan_of_another_model_is_refused(tiny: HookedModel, other_folder) -> 
 def test_a_recomputed_mean_is_refused_because_it_would_see_later_tokens(tiny: HookedModel) -> None:
     text = Text(prompts_of(tiny)[0], WRITTEN, strong_plan(tiny, mean="sequence"))
     for read in (record_streams, log_probs):
-        with pytest.raises(PlanError, match="must have a constant shift to be read teacher-forced"):
+        with pytest.raises(
+            PlanError, match="must need one token at a time to be read teacher-forced"
+        ):
             read(tiny, [text])
 
 
@@ -143,3 +147,21 @@ def test_the_positions_a_plan_names_are_those_where_the_stream_changes(
         (streams,) = record_streams(tiny, [Text(prompt, (), plan)])
         changed = (streams.entering != streams.leaving).any(dim=-1).any(dim=0)
         assert plan.steered_positions(prompt.layout) == tuple(changed.nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_kind_of_step_is_read_as_it_is_generated(
+    tiny: HookedModel, executor: str, site: str
+) -> None:
+    prompt = prompts_of(tiny)[0]
+    plans = [plan for plan in every_plan(tiny).values() if site in plan.sites]
+    texts = [Text(prompt, WRITTEN, plan) for plan in plans]
+    done = Completion(text="", tokens=WRITTEN, ended=False)
+    for text, own in zip(texts, token_log_probs(tiny, texts, executor=executor), strict=True):
+        expected = by_hand(tiny, Row(prompt, text.plan), done).log_softmax(dim=-1)
+        by_token = expected[range(len(WRITTEN)), WRITTEN]
+        assert torch.allclose(torch.tensor(own), by_token, atol=5e-4)
+    for text, streams in zip(texts, record_streams(tiny, texts, executor=executor), strict=True):
+        changed = not torch.equal(streams.entering, streams.leaving)
+        assert text.plan is not None
+        assert changed == ("resid_post" in text.plan.sites)
