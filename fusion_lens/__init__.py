@@ -49,4 +49,7 @@ from fusion_lens.results import Results as Results
 from fusion_lens.results import load_results as load_results
 from fusion_lens.saes import load_sae as load_sae
 from fusion_lens.search import SearchConfig as SearchConfig
+from fusion_lens.steps import Affine as Affine
+from fusion_lens.steps import Gate as Gate
+from fusion_lens.steps import Step as Step
 from fusion_lens.tuning import tune as tune
