@@ -23,6 +23,8 @@ import plotly.io
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from fusion_lens.pictures import WIDTH
+
 FOLDER = Path(__file__).parent
 MOST_SECONDS = 60.0
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
@@ -73,7 +75,13 @@ def draw(notebooks: Sequence[Any]) -> None:
     figures = [go.Figure({**each.data[PLOTLY], "config": None}) for each in outputs]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{n}.png" for n in range(len(figures))]
-        plotly.io.write_images(figures, files, scale=_SCALE)
+        plotly.io.write_images(
+            figures,
+            files,
+            width=WIDTH,
+            height=[figure.layout.height for figure in figures],
+            scale=_SCALE,
+        )
         for output, figure, file in zip(outputs, figures, files, strict=True):
             output.data[PNG] = base64.b64encode(file.read_bytes()).decode()
             size = {"width": figure.layout.width, "height": figure.layout.height}
