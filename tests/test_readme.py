@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.pages
 def test_every_code_block_runs_in_order(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = list(run_blocks(README, "README.md", in_a_process))
