@@ -10,8 +10,9 @@ DOCS := $(VENV)/.docs-installed
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas
 
+# two processes of one thread each: more threads than cores slow small products by orders of magnitude
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-pages: $(STAMP) $(DOCS)
 	$(BIN)/python -m pytest -m pages
