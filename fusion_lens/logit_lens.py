@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fusion_lens.activations import at_least_float32
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import SpanError
 from fusion_lens.executors import Executor
 from fusion_lens.models import HookedModel, token_texts
-from fusion_lens.teacher_forcing import Batch, Text, in_batches, residuals
+from fusion_lens.teacher_forcing import Batch, Text, in_batches, require_written, residuals
 
 _ROWS = 8
 
@@ -48,11 +47,7 @@ def logit_lens(
         PlanError: if a plan belongs to another model, or recomputes its mean.
         SpanError: if a text has nothing written.
     """
-    for text in texts:
-        if not text.written:
-            raise SpanError(
-                f"there must be tokens after the prompt, but {text.prompt.text!r} has none."
-            )
+    require_written(texts)
     n_layers = int(model.cfg.n_layers)
 
     def read(run: Executor, batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -130,11 +130,7 @@ def token_log_probs(
         PlanError: if a plan belongs to another model, or recomputes its mean.
         SpanError: if a text has nothing written.
     """
-    for text in texts:
-        if not text.written:
-            raise SpanError(
-                f"there must be tokens after the prompt, but {text.prompt.text!r} has none."
-            )
+    require_written(texts)
 
     def read(run: Executor, batch: Batch) -> list[tuple[float, ...]]:
         with run.at_sites(batch.steering):
@@ -182,6 +178,19 @@ class Batch:
             places=tuple(places),
             steering=batch_steering(plans, layouts, Cursor(0, width)),
         )
+
+
+def require_written(texts: Sequence[Text]) -> None:
+    """Make sure that there is something to read behind every prompt.
+
+    Raises:
+        SpanError: if a text has nothing written.
+    """
+    for text in texts:
+        if not text.written:
+            raise SpanError(
+                f"there must be tokens after the prompt, but {text.prompt.text!r} has none."
+            )
 
 
 def residuals(
