@@ -166,15 +166,23 @@ def _pooled_pass(
     means: dict[int, Tensor] = {}
 
     def pool(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> None:
-        resid = at_least_float32(resid)
-        kept = weights.to(resid.device, resid.dtype)
-        # where, not *: a pad row's NaN times 0 is NaN
-        clean = torch.where(kept[..., None] > 0, resid, torch.zeros_like(resid))
-        means[layer] = torch.bmm(kept[:, None], clean)[:, 0]
+        means[layer] = weighted_mean(resid, weights)
 
     with run.at_blocks({layer: partial(pool, layer) for layer in range(model.n_layers)}):
         run.forward(tokens, mask, last=1)
     return torch.stack([means[layer] for layer in range(model.n_layers)], dim=1)
+
+
+def weighted_mean(
+    x: Float[Tensor, "batch pos width"], weights: Float[Tensor, "batch pos"]
+) -> Float[Tensor, "batch width"]:
+    """The sum of the positions' activations times their weights; one of weight 0 counts for
+    nothing, whatever it holds."""
+    x = at_least_float32(x)
+    weights = weights.to(x)
+    # where, not *: a pad row's NaN times 0 is NaN
+    clean = torch.where(weights[..., None] > 0, x, torch.zeros_like(x))
+    return torch.bmm(weights[:, None], clean)[:, 0]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fusion_lens.models import (
 )
 from fusion_lens.moves import Group, Kind, Moves
 from fusion_lens.plans import Plan
-from fusion_lens.prompts import Layout, Prompt
+from fusion_lens.prompts import NO_PROMPT, Layout, Prompt
 
 HookFn = Callable[..., Any]
 """TransformerLens' `(activation, hook) -> activation`."""
@@ -65,7 +65,8 @@ def fwd_hooks(
     steered, a pass too short to be a prompt (a single token, behind one BOS) is a continuation.
 
     Raises:
-        PlanError: if the plan belongs to another model, or acts at "mlp_out" and no model is given;
+        PlanError: if the plan belongs to another model, was fitted on many texts and no prompt is
+            given, or acts at "mlp_out" and no model is given;
             from the hook, if a pass is shorter than the prompt and no offset tells where it stands,
             or if the activation has another width.
         HookNameError: if the model given lacks a hook.
@@ -74,7 +75,12 @@ def fwd_hooks(
         plan.check(identify(model))
     if isinstance(prompt, Prompt):
         prompt = prompt.layout
-    layouts = [prompt] if prompt is not None else [plan.layout]
+    layouts = [plan.layout if prompt is None else prompt]
+    if NO_PROMPT in layouts:
+        raise PlanError(
+            "a plan that was fitted on many texts must be told what it runs on, but got no prompt; "
+            "give fwd_hooks or steering its prompt=."
+        )
     at = _at_sites([plan], layouts, Cursor(offset))
     hooks = [(_hook_name(place, model), as_hook(act)) for place, act in at.items()]
     if model is not None:

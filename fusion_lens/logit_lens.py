@@ -18,7 +18,7 @@ from fusion_lens.activations import at_least_float32
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.executors import Executor
 from fusion_lens.models import HookedModel, token_texts
-from fusion_lens.teacher_forcing import Batch, Text, in_batches, require_written, residuals
+from fusion_lens.teacher_forcing import Batch, Text, in_batches, passed, require_written
 
 _ROWS = 8
 
@@ -51,7 +51,7 @@ def logit_lens(
     n_layers = int(model.cfg.n_layers)
 
     def read(run: Executor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        _, leaving = residuals(run, batch, n_layers)
+        _, leaving = passed(run, batch, "resid_post", n_layers)
         read = [_read(run, batch, resid, n_layers - 1) for resid in leaving]
         log_probs, ranks = (torch.stack(own, dim=1) for own in zip(*read, strict=True))
         lengths = batch.mask[:, -batch.n_written :].sum(dim=-1).tolist()

@@ -25,6 +25,10 @@ class Layout:
     special: tuple[int, ...]
 
 
+NO_PROMPT = Layout(0, ())
+"""Of plans that were made for no prompt of their own, but fitted on many texts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A text as the model reads it.

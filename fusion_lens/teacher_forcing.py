@@ -11,7 +11,7 @@ tokens that generation had not written yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -93,8 +93,8 @@ def record_streams(
     n_layers = int(model.cfg.n_layers)
 
     def read(run: Executor, batch: Batch) -> list[Streams]:
-        passed = residuals(run, batch, n_layers)
-        entering, leaving = ([at_least_float32(own).cpu() for own in side] for side in passed)
+        both = passed(run, batch, "resid_post", n_layers)
+        entering, leaving = ([at_least_float32(own).cpu() for own in side] for side in both)
 
         def of_row(seen: list[Tensor], row: int) -> Float[Tensor, "layer pos d_model"]:
             return torch.stack([own[row, batch.places[row]] for own in seen])
@@ -151,9 +151,10 @@ def token_log_probs(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Rows of one shape: `n_written` columns after the prompts, `places` where each row's own
+    """`rows` in one shape: `n_written` columns after the prompts, `places` where each row's own
     tokens are."""
 
+    rows: tuple[Text, ...]
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     n_written: int
@@ -172,6 +173,7 @@ class Batch:
         places = (slice(width - len(row.prompt.tokens), width + len(row.written)) for row in rows)
         plans, layouts = [row.plan for row in rows], [row.prompt.layout for row in rows]
         return Batch(
+            rows=tuple(rows),
             tokens=torch.cat([prompts, written.to(device)], dim=1),
             mask=torch.cat([mask, present.to(device)], dim=1),
             n_written=n_written,
@@ -193,21 +195,22 @@ def require_written(texts: Sequence[Text]) -> None:
             )
 
 
-def residuals(
-    run: Executor, batch: Batch, n_layers: int
-) -> tuple[list[Float[Tensor, "batch pos d_model"]], list[Float[Tensor, "batch pos d_model"]]]:
-    """One pass: the residual after every block as the steering is given it, and as it leaves it."""
+def passed(
+    run: Executor, batch: Batch, site: str, n_layers: int
+) -> tuple[list[Float[Tensor, "batch pos width"]], list[Float[Tensor, "batch pos width"]]]:
+    """One pass: the activation at a site of every block as the steering is given it, and as it
+    leaves it."""
     entering: dict[int, Tensor] = {}
     leaving: dict[int, Tensor] = {}
 
-    def at(layer: int, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-        steer = batch.steering.get(("resid_post", layer))
-        changed = None if steer is None else steer(resid)
-        entering[layer] = resid
-        leaving[layer] = resid if changed is None else changed
+    def at(layer: int, x: Float[Tensor, "batch pos width"]) -> Tensor | None:
+        steer = batch.steering.get((site, layer))
+        changed = None if steer is None else steer(x)
+        entering[layer] = x
+        leaving[layer] = x if changed is None else changed
         return changed
 
-    recording = {("resid_post", layer): partial(at, layer) for layer in range(n_layers)}
+    recording = {(site, layer): partial(at, layer) for layer in range(n_layers)}
     with run.at_sites({**batch.steering, **recording}):
         run.forward(batch.tokens, batch.mask, last=1)
     return [entering[layer] for layer in range(n_layers)], [leaving[n] for n in range(n_layers)]
@@ -220,11 +223,14 @@ def in_batches(
     n_rows: int,
     executor: str,
     log: EngineLog | None,
+    sites: Iterable[str] = (),
 ) -> list[T]:
-    """What `read` makes of every text, in batches of `n_rows` rows of one shape.
+    """What `read` makes of every text, in batches of `n_rows` rows of one shape. `sites` are those
+    that are read besides the plans' own.
 
     Raises:
         PlanError: if a plan belongs to another model, or recomputes its mean.
+        HookNameError: if the model has no hook point at a site.
     """
     log = log or EngineLog()
     identity = identify(model)
@@ -236,8 +242,8 @@ def in_batches(
                     "a plan must need one token at a time to be read teacher-forced, but has "
                     'mean="sequence"; tune with mean="question".'
                 )
-    sites = {site for text in texts if text.plan is not None for site in text.plan.sites}
-    run, reason = executor_of(model, executor, sites)
+    steered = {site for text in texts if text.plan is not None for site in text.plan.sites}
+    run, reason = executor_of(model, executor, steered.union(sites))
     log.fell_back(reason)
     done: dict[int, T] = {}
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,8 +12,8 @@ from fusion_lens.errors import HookNameError, PlanError
 from fusion_lens.executors import hooked
 from fusion_lens.hooks import Cursor, batch_steering, fwd_hooks, steering
 from fusion_lens.models import HookedModel, load_model, resid_post
-from fusion_lens.plans import Plan, Segment, make_plan, per_layer
-from fusion_lens.prompts import Prompt, question_prompt, tokenize
+from fusion_lens.plans import Plan, Segment, Step, make_plan, per_layer
+from fusion_lens.prompts import NO_PROMPT, Prompt, question_prompt, tokenize
 
 
 def around(
@@ -296,6 +297,19 @@ def test_a_hook_the_model_does_not_have_is_found_where_the_model_is_given(
     monkeypatch.setattr("fusion_lens.models.attn_z", lambda layer: f"blocks.{layer}.attn.hook_zz")
     with pytest.raises(HookNameError, match=r"got 'blocks\.0\.attn\.hook_zz'"):
         fwd_hooks(Plan((affine_of(tiny, "attn_z"),)), model=tiny)
+
+
+def test_a_plan_of_no_prompt_of_its_own_must_be_told_the_prompt(tiny: HookedModel) -> None:
+    (step,) = make_plan(deltas_of(tiny), 2.0).steps
+    assert isinstance(step, Step)
+    fitted = Plan((replace(step, deltas=replace(step.deltas, layout=NO_PROMPT)),))
+    prompt = question_prompt(tiny, "Who wrote the red book?")
+    with pytest.raises(PlanError, match=r"fitted on many texts .* give .* its prompt="):
+        fwd_hooks(fitted)
+    with steering(tiny, fitted, prompt=prompt):
+        told = tiny(prompt.to_tensor())
+    with steering(tiny, Plan((step,)), prompt=prompt):
+        assert torch.equal(told, tiny(prompt.to_tensor()))
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -38,7 +38,13 @@ LAYERS = (
     {"results"},
     {"scoring"},
     {"tuning", "teacher_forcing"},
-    {"lenders", "summary", "attribution", "logit_lens", "panel"},
+    {
+        *{"lenders", "summary", "attribution", "logit_lens", "panel"},
+        *{"site_activations", "contrast_texts"},
+    },
+    {
+        *{"methods"},
+    },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots", "report_data"},
