@@ -352,6 +352,7 @@ def _result(
         finite=scores.completion.finite,
         margin=scores.completion.margin,
         coeffs={} if search is None else dict(search.best.coeffs),
+        extra={} if search is None else dict(search.best.extra),
         injected_norm=0.0 if search is None else search.best.injected_norm,
         objective=scores.objective,
         overlap=scores.overlap,

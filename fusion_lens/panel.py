@@ -22,7 +22,7 @@ from fusion_lens.plans import Plan, Segment
 from fusion_lens.preparation import TuningConfig, with_engine_shape
 from fusion_lens.scoring import Scorer
 from fusion_lens.search import SearchConfig
-from fusion_lens.tuning import Job, TunedPlan
+from fusion_lens.tuning import AnyJob, TunedPlan
 
 _NOT_FINITE = (
     "the model's logits are not finite at these coefficients: the text ends there, and is "
@@ -32,7 +32,7 @@ _NOT_FINITE = (
 
 def steering_panel(
     model: HookedModel,
-    tuned: TunedPlan | Job,
+    tuned: TunedPlan | AnyJob,
     *,
     config: TuningConfig | None = None,
     fluency: PerplexityModel | None = None,
@@ -41,7 +41,8 @@ def steering_panel(
     completion beside the unsteered one, and their scores.
 
     A `Job`, a prepared question and segments that no search has seen, begins at zero and takes the
-    `config` it was prepared with; a tuned plan has its own. `fluency` is the one `tune` was given.
+    `config` it was prepared with; a tuned plan has its own. What a search sought beside the
+    coefficients stays as it chose it. `fluency` is the one `tune` was given.
 
     Raises:
         MissingExtraError: if ipywidgets is not installed.
@@ -49,7 +50,7 @@ def steering_panel(
             there is no `fluency`.
         PlanError: if the plan belongs to another model.
     """
-    if isinstance(tuned, Job):
+    if not isinstance(tuned, TunedPlan):
         config = with_engine_shape(
             model, [tuned.prepared.question], config or TuningConfig(), n_rows=1
         )
@@ -59,7 +60,8 @@ def steering_panel(
             "a tuned plan is shown with the config it was tuned with, but got another; leave "
             "config out."
         )
-    return SteeringPanel(_Probe(model, tuned.job, tuned.config, fluency), tuned)
+    probe = _Probe(model, tuned.job, tuned.config, fluency, tuned.tuned.best.extra)
+    return SteeringPanel(probe, tuned)
 
 
 class _Probe:
@@ -68,18 +70,20 @@ class _Probe:
     def __init__(
         self,
         model: HookedModel,
-        job: Job,
+        job: AnyJob,
         config: TuningConfig,
         fluency: PerplexityModel | None,
+        extra: Mapping[str, float | int] | None = None,
     ) -> None:
         self.job = job
         self.config = config
+        self._extra = dict(extra or {})
         self._model = model
         self._score = Scorer(model, config, fluency=fluency)
         self._known: dict[tuple[float, ...], Graded] = {}
 
     def plan(self, coeffs: Mapping[str, float]) -> Plan:
-        return self.job.plan(coeffs, self.config)
+        return self.job.plan(self._extra | dict(coeffs), self.config)
 
     def __call__(self, coeffs: Mapping[str, float]) -> Graded:
         key = tuple(coeffs.values())
@@ -108,7 +112,7 @@ class SteeringPanel:
         self._zero = dict.fromkeys((segment.name for segment in segments), 0.0)
         start = self._zero if tuned is None else tuned.tuned.best.coeffs
         self._unsteered = probe(self._zero)
-        low, high = _range(probe.config.search, [*start.values()])
+        low, high = _range(probe.job.search(probe.config), [*start.values()])
         self.sliders = {
             segment.name: ipywidgets.FloatSlider(
                 value=start[segment.name],

@@ -12,7 +12,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # malformed, a number of thousands of digits, brackets nested too deeply
 _NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
@@ -40,7 +40,8 @@ class Result:
     `explanation` is the one in the reference text. Not `finite`: the logits of the completion held
     NaN or infinity; `n_not_finite` of the trials' did. `margin` is the smallest gap between the two
     highest logits of a greedy step: another slot shape flips a token only where it is tiny.
-    `coeffs` by segment name (empty where nothing was tuned); `nll` in nats per token, `perplexity`
+    `coeffs` by segment name (empty where nothing was tuned), `extra` what was sought beside them;
+    `nll` in nats per token, `perplexity`
     its exponential; `seconds` the arm's share of the wall time, by rows; `zero_won` and `tied` as
     in `search.Tuned`; the transfer fields as in `transfer.Reach`; `label` and `grade` are the
     judge's, `judged` what it says of them, `composite` half overlap and half grade; `donor` is the
@@ -87,6 +88,7 @@ class Result:
     donor: str | None
     n_not_finite: int
     seconds: float
+    extra: dict[str, float | int] = field(default_factory=dict)
 
     @property
     def correct(self) -> float | None:
@@ -187,7 +189,8 @@ class Results:
         return self.summary.__rich__()
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row per question and arm, a column `coeff.<segment>` per coefficient.
+        """A row per question and arm, a column `coeff.<segment>` per coefficient, and one for what
+        else was sought.
 
         Raises:
             MissingExtraError: if pandas is not installed.
@@ -195,8 +198,8 @@ class Results:
         rows = []
         for record in self.records:
             row = asdict(record)
-            coeffs = row.pop("coeffs")
-            rows.append(row | {f"coeff.{name}": value for name, value in coeffs.items()})
+            coeffs, extra = row.pop("coeffs"), row.pop("extra")
+            rows.append(row | {f"coeff.{name}": value for name, value in coeffs.items()} | extra)
         return _frame(rows)
 
 

@@ -29,6 +29,35 @@ OBJECTIVES = ("weighted", "pareto")
 
 _SHOWN = 8
 Coeffs = dict[str, float]
+Values = dict[str, float | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A number that is sought beside the coefficients, within [low, high]; with `log` evenly in its
+    logarithm, a whole number with `whole`. The zero plan's trial has it at `high`."""
+
+    name: str
+    low: float | int
+    high: float | int
+    log: bool = False
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high):
+            raise ConfigError(
+                f"low <= high must hold for {self.name!r}, but got ({self.low=}, {self.high=})."
+            )
+        if self.log and self.low <= 0:
+            raise ConfigError(f"{self.name!r} must be above 0 to be drawn by its logarithm.")
+        if self.whole and not (float(self.low).is_integer() and float(self.high).is_integer()):
+            raise ConfigError(f"{self.name!r} must lie between whole numbers to be one.")
+
+    def draw(self, trial: optuna.trial.Trial) -> float | int:
+        """Its value in a trial."""
+        if self.whole:
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +114,20 @@ T = TypeVar("T", bound=Outcome)
 
 @dataclass(frozen=True, slots=True)
 class Trial(Generic[T]):
-    """One finished trial; `number` counts from 1."""
+    """One finished trial; `number` counts from 1, `extra` are the parameters beside the
+    coefficients."""
 
     number: int
     coeffs: Coeffs
     params: dict[str, float]
     injected_norm: float
     outcome: T
+    extra: Values = field(default_factory=dict)
+
+    @property
+    def values(self) -> Values:
+        """Coefficients and all else that was sought."""
+        return self.coeffs | self.extra
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +180,8 @@ class Tuned(Shows, Generic[T]):
         rows = tuple(
             (
                 str(trial.number),
-                *(f"{coeff:.3f}" for coeff in trial.coeffs.values()),
+                *(f"{value:.3f}" for value in trial.coeffs.values()),
+                *(f"{value:g}" for value in trial.extra.values()),
                 f"{trial.outcome.objective:+.3f}",
                 *(_score(value) for value in (trial.outcome.overlap, trial.outcome.perplexity)),
                 f"{trial.injected_norm:.2f}",
@@ -159,7 +196,7 @@ class Tuned(Shows, Generic[T]):
         )
         return Section(
             f"the best of {len(self.trials)} trials, the chosen one first",
-            ("trial", *self.best.coeffs, *scores),
+            ("trial", *self.best.values, *scores),
             rows,
             tuple(notes),
         )
@@ -169,28 +206,46 @@ class Tuned(Shows, Generic[T]):
         """Whether a trial of other coefficients reached the best objective too."""
         best = self.best
         return any(
-            trial.outcome.objective == best.outcome.objective and trial.coeffs != best.coeffs
+            trial.outcome.objective == best.outcome.objective and trial.values != best.values
             for trial in self.trials
         )
 
 
-class Search(Generic[T]):
-    """One search, driven from outside.
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked for; `trial` is None for a zero plan that the study does not know."""
 
-    `norm` tells the injected norm of coefficients: ties go to the smaller one, then to the earlier
+    trial: optuna.trial.Trial | None
+    coeffs: Coeffs
+    extra: Values
+
+
+class Search(Generic[T]):
+    """One search, driven from outside, for a coefficient of every segment and what else there is
+    to be sought.
+
+    `norm` tells the injected norm of what is asked: ties go to the smaller one, then to the earlier
     trial.
     """
 
     def __init__(
-        self, segments: Sequence[str], config: SearchConfig, norm: Callable[[Coeffs], float]
+        self,
+        segments: Sequence[str],
+        config: SearchConfig,
+        norm: Callable[[Values], float],
+        extra: Sequence[Parameter] = (),
     ) -> None:
         if not segments:
             raise SearchError("a search must have at least one segment, but got none.")
+        names = [*segments, *(parameter.name for parameter in extra)]
+        if len(set(names)) != len(names):
+            raise SearchError(f"what is sought must have different names, but got {names}.")
         self._segments = tuple(segments)
+        self._extra = tuple(extra)
         self._config = config
         self._norm = norm
         self._trials: list[Trial[T]] = []
-        self._asked: list[tuple[optuna.trial.Trial | None, Coeffs]] = []
+        self._asked: list[_Asked] = []
         self._exhausted = False
         make_sampler = config.sampler or _tpe
         up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
@@ -210,8 +265,9 @@ class Search(Generic[T]):
         """Whether at least one trial has been told."""
         return bool(self._trials)
 
-    def ask(self) -> list[Coeffs]:
-        """The coefficients of the next round; empty when the search is done.
+    def ask(self) -> list[Values]:
+        """The coefficients of the next round, with what else is sought; empty when the search is
+        done.
 
         Raises:
             SearchError: if the last round has not been told.
@@ -222,7 +278,7 @@ class Search(Generic[T]):
         for _ in range(min(self._config.round_size, left)):
             first = self._config.zero_first and not self._trials and not self._asked
             self._asked.append(self._zero() if first else self._draw())
-        return [coeffs for _, coeffs in self._asked]
+        return [asked.coeffs | asked.extra for asked in self._asked]
 
     def tell(self, outcomes: Sequence[T]) -> None:
         """The outcomes of the round, in the order asked.
@@ -235,16 +291,18 @@ class Search(Generic[T]):
                 "every trial of the round must be told, "
                 f"but got {len(outcomes)} outcomes for {len(self._asked)}."
             )
-        for (trial, coeffs), outcome in zip(self._asked, outcomes, strict=True):
+        for asked, outcome in zip(self._asked, outcomes, strict=True):
+            trial = asked.trial
             if trial is not None:
                 self._tell_study(trial, _values(outcome, self._study))
             self._trials.append(
                 Trial(
                     number=len(self._trials) + 1,
-                    coeffs=coeffs,
+                    coeffs=asked.coeffs,
                     params=dict(trial.params) if trial is not None else {},
-                    injected_norm=self._norm(coeffs),
+                    injected_norm=self._norm(asked.coeffs | asked.extra),
                     outcome=outcome,
+                    extra=asked.extra,
                 )
             )
         self._asked = []
@@ -265,18 +323,23 @@ class Search(Generic[T]):
         )
         return Tuned(tuple(self._trials), best, front, self._study, interrupted)
 
-    def _zero(self) -> tuple[optuna.trial.Trial | None, Coeffs]:
+    def _zero(self) -> _Asked:
         zero = dict.fromkeys(self._segments, 0.0)
+        extra = {each.name: each.high for each in self._extra}
         if self._config.parametrisation == "coeff" and self._config.low <= 0 <= self._config.high:
-            self._study.enqueue_trial(dict(zero))
+            self._study.enqueue_trial(zero | extra)
             return self._draw()
-        return None, zero
+        return _Asked(None, zero, extra)
 
-    def _draw(self) -> tuple[optuna.trial.Trial, Coeffs]:
+    def _draw(self) -> _Asked:
         trial = self._study.ask()
+        coeffs = self._draw_coeffs(trial)
+        return _Asked(trial, coeffs, {each.name: each.draw(trial) for each in self._extra})
+
+    def _draw_coeffs(self, trial: optuna.trial.Trial) -> Coeffs:
         if self._config.parametrisation == "coeff":
             low, high = self._config.low, self._config.high
-            return trial, {name: trial.suggest_float(name, low, high) for name in self._segments}
+            return {name: trial.suggest_float(name, low, high) for name in self._segments}
         pairs = {
             name: (
                 trial.suggest_float(f"{name}.alpha", 0.01, 1.0),
@@ -284,7 +347,7 @@ class Search(Generic[T]):
             )
             for name in self._segments
         }
-        return trial, {name: alpha * gamma for name, (alpha, gamma) in pairs.items()}
+        return {name: alpha * gamma for name, (alpha, gamma) in pairs.items()}
 
     def _tell_study(self, trial: optuna.trial.Trial, values: list[float]) -> None:
         try:

@@ -7,62 +7,108 @@ question and arm they belong to.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from jaxtyping import Int
+from torch import Tensor
+
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import (
-    one_of,
-)
+from fusion_lens.errors import one_of
 from fusion_lens.generation import generate
 from fusion_lens.graders import Graded
 from fusion_lens.models import HookedModel
 from fusion_lens.perplexity import PerplexityModel
-from fusion_lens.plans import (
-    Plan,
-    Segment,
-    even_segments,
-    full,
-    make_plan,
-    per_layer,
-    thirds,
-)
-from fusion_lens.preparation import (
-    Prepared,
-    TuningConfig,
-    prepare_one,
-    seed_of,
-    with_engine_shape,
-)
+from fusion_lens.plans import Gate, Plan, Segment, even_segments, full, make_plan, per_layer, thirds
+from fusion_lens.preparation import Prepared, TuningConfig, prepare_one, seed_of, with_engine_shape
 from fusion_lens.progress import Progress, shown
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
-from fusion_lens.search import Search, Tuned, export_study
+from fusion_lens.search import Parameter, Search, SearchConfig, Tuned, export_study
+from fusion_lens.steps import unit_mask
 from fusion_lens.tables import Section, Shows
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One search: a prepared question, the segments whose coefficients are sought, the search's
-    name, and the vectors (None: the question's own deltas)."""
+    name, and the vectors (None: the question's own deltas).
+
+    With a `ranking` of units, the first of them alone are injected, and how many is sought too, as
+    "k"; a `gate` weighs the injection token by token.
+    """
 
     prepared: Prepared
     segments: tuple[Segment, ...]
     arm: str
     deltas: Deltas | None = None
+    ranking: Int[Tensor, "unit 2"] | None = None
+    gate: Gate | None = None
 
-    def plan(self, coeffs: Mapping[str, float], config: TuningConfig) -> Plan:
-        """The plan of one trial."""
+    @property
+    def extra(self) -> tuple[Parameter, ...]:
+        """What is sought beside the coefficients."""
+        if self.ranking is None:
+            return ()
+        return (Parameter("k", 1, len(self.ranking), log=True, whole=True),)
+
+    def search(self, config: TuningConfig) -> SearchConfig:
+        """How it is sought: as the config says."""
+        return config.search
+
+    def plan(self, values: Mapping[str, float | int], config: TuningConfig) -> Plan:
+        """The plan of one trial; without a "k", of all units that are ranked."""
+        deltas = self.deltas or self.prepared.deltas
+        coeffs = {segment.name: values[segment.name] for segment in self.segments}
+        units = None
+        if self.ranking is not None:
+            k = int(values.get("k", len(self.ranking)))
+            shape = (deltas.model.n_layers, deltas.model.d_model)
+            units = unit_mask(self.ranking, k, shape)
         return make_plan(
-            self.deltas or self.prepared.deltas,
+            deltas,
             coeffs,
             self.segments,
             mean=config.mean,
             positions=config.positions,
             steer_special=config.steer_special,
+            units=units,
+            gate=self.gate,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MethodJob:
+    """One search for how strongly a fitted method should steer one question.
+
+    `make` gives the plan of "strength", which is drawn from [low, high], and of what is in `extra`.
+    A strength of 0 must do nothing.
+    """
+
+    prepared: Prepared
+    arm: str
+    make: Callable[[Mapping[str, float | int]], Plan]
+    low: float | int
+    high: float | int
+    extra: tuple[Parameter, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """One over all layers, by the name of what is sought."""
+        return (Segment("strength", 0, self.prepared.deltas.model.n_layers),)
+
+    def search(self, config: TuningConfig) -> SearchConfig:
+        """How it is sought: as the config says, in the method's own range."""
+        return replace(config.search, low=self.low, high=self.high, parametrisation="coeff")
+
+    def plan(self, values: Mapping[str, float | int], config: TuningConfig) -> Plan:
+        """The plan of one trial; what `values` lack beside the strength is at its highest."""
+        return self.make({each.name: each.high for each in self.extra} | dict(values))
+
+
+AnyJob = Job | MethodJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +116,7 @@ class TunedPlan(Shows):
     """A finished search with the plan it chose, and the settings it ran with, the engine's shape
     among them. `seconds` is its share of the wall time, by rows."""
 
-    job: Job
+    job: AnyJob
     config: TuningConfig
     tuned: Tuned[Graded]
     plan: Plan
@@ -91,8 +137,10 @@ class TunedPlan(Shows):
         """The steered completion beside the unsteered one, their scores, and what was chosen."""
         question = self.job.prepared.question
         best, n = self.tuned.best, len(self.tuned.trials)
-        coeffs = ", ".join(f"{name} {c:.3f}" for name, c in best.coeffs.items())
-        notes = [f"gold: {question.answer}", f"trial {best.number} of {n}; coefficients: {coeffs}"]
+        sought = [f"{name} {value:.3f}" for name, value in best.coeffs.items()]
+        sought += [f"{name} {value:g}" for name, value in best.extra.items()]
+        told = f"trial {best.number} of {n}; coefficients: {', '.join(sought)}"
+        notes = [f"gold: {question.answer}", told]
         if self.tuned.zero_won:
             notes.append("no trial beat the zero plan: this plan does not steer")
         return self.best.beside(self.unsteered, question.question, tuple(notes))
@@ -100,7 +148,7 @@ class TunedPlan(Shows):
 
 def tune_jobs(
     model: HookedModel,
-    jobs: Sequence[Job],
+    jobs: Sequence[AnyJob],
     config: TuningConfig,
     *,
     score: Scorer | None = None,
@@ -124,18 +172,18 @@ def tune_jobs(
             began = time.perf_counter()
             asked = [search.ask() for search in searches]
             rows = [
-                job.prepared.row(config, job.plan(coeffs, config))
-                for job, coeffs_list in zip(jobs, asked, strict=True)
-                for coeffs in coeffs_list
+                job.prepared.row(config, job.plan(values, config))
+                for job, batch in zip(jobs, asked, strict=True)
+                for values in batch
             ]
             show = None if progress is None else partial(_show, progress, told, total)
             completions = generate(model, rows, config.generation, progress=show, log=log)
             owners = [job.prepared for job, batch in zip(jobs, asked, strict=True) for _ in batch]
             outcomes = iter(score(owners, completions))
             share = (time.perf_counter() - began) / max(len(rows), 1)
-            for i, (search, coeffs_list) in enumerate(zip(searches, asked, strict=True)):
-                search.tell([next(outcomes) for _ in coeffs_list])
-                seconds[i] += share * len(coeffs_list)
+            for i, (search, batch) in enumerate(zip(searches, asked, strict=True)):
+                search.tell([next(outcomes) for _ in batch])
+                seconds[i] += share * len(batch)
             told += len(rows)
     except KeyboardInterrupt:
         interrupted = True
@@ -229,17 +277,18 @@ def _show(progress: Progress, before: int, total: int, done: int) -> None:
     progress("trials", before + done, total)
 
 
-def _search(job: Job, config: TuningConfig) -> Search[Graded]:
+def _search(job: AnyJob, config: TuningConfig) -> Search[Graded]:
     return Search(
         [segment.name for segment in job.segments],
         replace(
-            config.search,
+            job.search(config),
             # the same for every arm: they differ in vectors and segments only
             seed=seed_of(config.search.seed, job.prepared.question.id, "sampler"),
         ),
-        lambda coeffs: job.plan(coeffs, config).injected_norm,
+        lambda values: job.plan(values, config).injected_norm,
+        job.extra,
     )
 
 
-def _chosen(job: Job, tuned: Tuned[Graded], seconds: float, config: TuningConfig) -> TunedPlan:
-    return TunedPlan(job, config, tuned, job.plan(tuned.best.coeffs, config), seconds)
+def _chosen(job: AnyJob, tuned: Tuned[Graded], seconds: float, config: TuningConfig) -> TunedPlan:
+    return TunedPlan(job, config, tuned, job.plan(tuned.best.values, config), seconds)

@@ -128,7 +128,7 @@ def comparison(b: str, metric: str, diff: float | None, **more: object) -> dict[
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 5,
+        "schema_version": 6,
         "provenance": {
             "model": "tiny",
             "settings": {

@@ -97,7 +97,7 @@ def test_the_folder_holds_what_was_returned(finished) -> None:
 def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
     results, _ = finished
     summary = results.summary
-    assert summary["schema_version"] == 5
+    assert summary["schema_version"] == 6
     provenance = summary["provenance"]
     assert provenance["seed"] == 0
     assert provenance["processing_mode"] == "unprocessed"

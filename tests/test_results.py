@@ -29,7 +29,7 @@ from fusion_lens.results import (
     save_summary,
 )
 
-SUMMARY = {"schema_version": 5, "seconds": 1.5}
+SUMMARY = {"schema_version": 6, "seconds": 1.5}
 
 
 def saved(folder: Path, results: Results | None = None) -> Path:
@@ -85,7 +85,7 @@ def test_a_number_that_json_does_not_know_is_refused_and_leaves_the_file_whole(
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         append_results(folder, [replace(LOVELACE, nll=value)])
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        save_summary(folder, {"schema_version": 5, "seconds": value})
+        save_summary(folder, {"schema_version": 6, "seconds": value})
     assert load_results(folder) == make_results()
 
 
@@ -187,9 +187,9 @@ def test_a_malformed_record_is_named_by_its_line(
         (b"", "must be JSON: Expecting value"),
         (b"[" * 100_000, "must be JSON: maximum recursion depth exceeded"),
         (b"\xff{}", "must be UTF-8 text: invalid start byte"),
-        (b"[]", "schema_version must be 5"),
-        (b"{}", "schema_version must be 5"),
-        (b'{"schema_version": 1}', "schema_version must be 5"),
+        (b"[]", "schema_version must be 6"),
+        (b"{}", "schema_version must be 6"),
+        (b'{"schema_version": 1}', "schema_version must be 6"),
     ],
 )
 def test_a_summary_that_cannot_be_used_is_named(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from math import hypot
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,9 +20,11 @@ from fusion_lens.errors import ConfigError, SearchError
 from fusion_lens.search import (
     PARAMETRISATIONS,
     Coeffs,
+    Parameter,
     Search,
     SearchConfig,
     Tuned,
+    Values,
     export_study,
 )
 
@@ -506,3 +510,71 @@ def test_an_interrupted_search_leaves_the_round_in_flight_out_of_importances() -
     search.ask()
     found = search.result(interrupted=True).importances()
     assert found == tuned(late_alone, trials=15, round_size=5).importances()
+
+
+K = Parameter("k", 1, 64, log=True, whole=True)
+
+
+def hill(values: Values) -> Toy:
+    """Best at k = 8 and a coefficient of 0.5."""
+    return Toy(round(1 - abs(math.log2(values["k"] / 8)) / 6 - (values["one"] - 0.5) ** 2, 6))
+
+
+def searched(**options: object) -> Tuned[Toy]:
+    search: Search[Toy] = Search(
+        ["one"], SearchConfig(**options), lambda values: values["one"] * values["k"], [K]
+    )
+    while not search.done:
+        search.tell([hill(values) for values in search.ask()])
+    return search.result()
+
+
+def test_what_is_sought_beside_coefficients_is_drawn_with_them() -> None:
+    search = searched(trials=40, round_size=4)
+    for trial in search.trials:
+        assert set(trial.coeffs) == {"one"}
+        k = trial.extra["k"]
+        assert k == int(k)
+        assert 1 <= k <= 64
+        assert trial.params == trial.values == {"one": trial.coeffs["one"], "k": k}
+        assert trial.injected_norm == trial.coeffs["one"] * k
+        assert trial.outcome == hill(trial.values)
+    assert len({trial.extra["k"] for trial in search.trials}) > 5
+    assert abs(math.log2(search.best.extra["k"] / 8)) <= 1
+    assert search.table().header[:3] == ("trial", "one", "k")
+    assert set(search.importances()) == {"one", "k"}
+
+
+@pytest.mark.parametrize("options", [{}, {"low": 0.5}, {"parametrisation": "alpha_gamma"}], ids=str)
+def test_the_zero_plan_has_what_else_is_sought_at_its_highest(options: dict[str, object]) -> None:
+    search = searched(trials=3, **options)
+    assert search.trials[0].values == {"one": 0.0, "k": 64}
+    assert search.unsteered is search.trials[0]
+
+
+def test_trials_that_differ_in_what_else_is_sought_alone_are_a_tie() -> None:
+    search: Search[Toy] = Search(
+        ["one"], SearchConfig(trials=2, low=1.0, high=1.0 + 1e-9, zero_first=False), norm, [K]
+    )
+    search.ask()
+    search.tell([Toy(0.5)] * 2)
+    assert search.result().tied == (len({t.extra["k"] for t in search.result().trials}) == 2)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"low": 2, "high": 1}, "low <= high"),
+        ({"low": 0, "high": 1, "log": True}, "above 0"),
+        ({"low": 0.5, "high": 2, "whole": True}, "whole numbers"),
+        ({"low": 0.0, "high": math.inf}, "low <= high"),
+    ],
+)
+def test_a_parameter_that_cannot_be_drawn_is_refused(made: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Parameter("k", **made)
+
+
+def test_two_things_of_one_name_cannot_be_sought() -> None:
+    with pytest.raises(SearchError, match="different names"):
+        Search(["k"], SearchConfig(), norm, [K])

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import optuna
 import pytest
 import torch
 from asked import ASKED, OTHER, QUICK
+from kinds import affine_of, gate_of
 
 import fusion_lens.tuning as tuning
 from fusion_lens.errors import (
@@ -13,10 +15,10 @@ from fusion_lens.errors import (
     QuestionError,
 )
 from fusion_lens.generation import GenerationConfig, Row, generate
-from fusion_lens.plans import Segment
-from fusion_lens.preparation import TuningConfig, prepare
-from fusion_lens.search import SearchConfig
-from fusion_lens.tuning import Job, export_tuned, make_segments, tune, tune_jobs
+from fusion_lens.plans import Plan, Segment
+from fusion_lens.preparation import TuningConfig, prepare, prepare_one
+from fusion_lens.search import Parameter, SearchConfig
+from fusion_lens.tuning import Job, MethodJob, export_tuned, make_segments, tune, tune_jobs
 
 
 def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder) -> None:
@@ -145,3 +147,70 @@ def test_a_tuned_plan_shows_the_steered_text_beside_the_unsteered_one(tiny) -> N
     objective = {row[0]: row[1:] for row in table.rows}["objective"]
     assert objective == (f"{tuned.unsteered.objective:+.3f}", f"{tuned.best.objective:+.3f}")
     assert table.notes[0] == f"gold: {ASKED.answer}"
+
+
+def ranking_of(n_layers: int, d_model: int) -> torch.Tensor:
+    """All units, in a random order."""
+    order = torch.randperm(n_layers * d_model, generator=torch.Generator().manual_seed(0))
+    return torch.stack([order // d_model, order % d_model], dim=1)
+
+
+def test_how_many_units_of_a_ranking_are_injected_is_sought_too(tiny) -> None:
+    item = prepare_one(tiny, ASKED, QUICK)
+    ranking = ranking_of(4, 32)
+    job = Job(item, make_segments("full", 4), "masked", ranking=ranking)
+    (tuned,), _ = tune_jobs(tiny, [job], QUICK)
+    ks = [trial.extra["k"] for trial in tuned.tuned.trials]
+    assert ks[0] == len(ranking) == 128
+    assert len(set(ks)) > 3
+    for trial in tuned.tuned.trials:
+        (step,) = job.plan(trial.values, QUICK).steps
+        kept = ranking[: trial.extra["k"]]
+        assert int(step.units.sum()) == trial.extra["k"]
+        assert bool(step.units[kept[:, 0], kept[:, 1]].all())
+        expected = trial.coeffs["full"] * item.deltas.vectors[kept[:, 0], kept[:, 1]]
+        assert trial.injected_norm == pytest.approx(float(expected.norm()), abs=1e-5)
+    (chosen,) = tuned.plan.steps
+    assert int(chosen.units.sum()) == tuned.tuned.best.extra["k"]
+    assert f"k {tuned.tuned.best.extra['k']}" in tuned.table().notes[1]
+    # without a k: all units, as an unmasked plan
+    unmasked = Job(item, make_segments("full", 4), "full").plan({"full": 2.0}, QUICK)
+    assert torch.equal(job.plan({"full": 2.0}, QUICK).steps[0].shift, unmasked.steps[0].shift)
+
+
+def test_a_gate_is_on_every_plan_of_its_search(tiny) -> None:
+    item = prepare_one(tiny, ASKED, QUICK)
+    shut = gate_of(tiny, "resid_post", bias=torch.full((4,), -1e4))
+    jobs = [
+        Job(item, make_segments("full", 4), name, gate=gate)
+        for name, gate in (("shut", shut), ("free", None))
+    ]
+    (gated, free), _ = tune_jobs(tiny, jobs, QUICK)
+    assert gated.plan.steps[0].gate is shut
+    texts = {trial.outcome.completion.text for trial in gated.tuned.trials}
+    assert texts == {gated.unsteered.completion.text}
+    assert len({trial.outcome.completion.text for trial in free.tuned.trials}) > 1
+
+
+def test_a_fitted_method_is_tuned_in_its_own_range(tiny) -> None:
+    item = prepare_one(tiny, ASKED, QUICK)
+    step = affine_of(tiny, "mlp_out", coeffs=(1.0, 1.0, 1.0))
+    sharp = Parameter("sharpness", 0.5, 2.0)
+
+    def make(values: Mapping[str, float | int]) -> Plan:
+        return Plan((step,)) * (values["strength"] * values["sharpness"])
+
+    job = MethodJob(item, "affine", make, 1.0, 9.0, (sharp,))
+    (tuned,), _ = tune_jobs(tiny, [job], QUICK)
+    first, *others = tuned.tuned.trials
+    assert first.values == {"strength": 0.0, "sharpness": 2.0}
+    assert first.outcome.completion == generate(tiny, [item.row(QUICK)], QUICK.generation)[0]
+    assert all(1.0 <= trial.coeffs["strength"] <= 9.0 for trial in others)
+    assert all(0.5 <= trial.extra["sharpness"] <= 2.0 for trial in others)
+    best = tuned.tuned.best
+    scale = best.coeffs["strength"] * best.extra["sharpness"]
+    assert tuned.plan.coeffs["early"] == pytest.approx(scale)
+    again = generate(tiny, [item.row(QUICK, tuned.plan)], QUICK.generation)[0]
+    assert again == tuned.best.completion
+    # what is not given is at its highest, as in the zero plan's trial
+    assert job.plan({"strength": 1.5}, QUICK).coeffs["late"] == 3.0
