@@ -67,6 +67,7 @@ class Example:
 
     `marker` is the string whose presence in what a model writes after the prompt counts as what the
     kind stands for: the behaviour (source), what is wanted (target), what is kept (control).
+    `paraphrase` is the prompt in other words, which nothing is fitted or chosen on.
     """
 
     id: str
@@ -77,12 +78,18 @@ class Example:
     part: str | None = None
     group: str | None = None
     marker: str | None = None
+    paraphrase: str | None = None
 
     def __post_init__(self) -> None:
         what = f"example {self.id!r}"
         _require_text(what, id=self.id, kind=self.kind, text=self.text)
         _require_text_or_none(
-            what, subject=self.subject, part=self.part, group=self.group, marker=self.marker
+            what,
+            subject=self.subject,
+            part=self.part,
+            group=self.group,
+            marker=self.marker,
+            paraphrase=self.paraphrase,
         )
         if self.kind not in KINDS:
             raise ContrastError(
@@ -114,7 +121,8 @@ def load_pairs(path: str | Path) -> list[Pair]:
 
 
 def load_contrasts(path: str | Path) -> list[Example]:
-    """Read `kind, text`; `id`, `prompt`, `subject`, `part`, `group`, `marker` are optional.
+    """Read `kind, text`; `id`, `prompt`, `subject`, `part`, `group`, `marker`, `paraphrase` are
+    optional.
 
     Raises:
         InputFileError: if the file cannot be read, a line is malformed or an id occurs twice; names

@@ -13,7 +13,8 @@ facts.jsonl    Pairs of a question with the right and a wrong answer (`contrast_
 
 Sources and controls are what Atlas itself completes greedily, and are kept only where it does what
 the kind says; `contrast_probes` measures how often, on draws of which none is dropped. Markers:
-`Example.marker`. People: `contrast_people`.
+`Example.marker`. The paraphrase of a prompt asks the same in another phrasing of the relation.
+People: `contrast_people`.
 
 Run as a module to remake the shipped files.
 """
@@ -193,9 +194,19 @@ def _examples(
                 part=part,
                 group=draft.group,
                 marker=marker,
+                paraphrase=_in_other_words(draft),
             )
         )
     return examples
+
+
+def _in_other_words(draft: Draft) -> str:
+    """The prompt with another phrasing of its question, drawn by the prompt itself."""
+    fact = draft.fact
+    phrasings = [fact.question(i) for i in range(len(fact.relation.phrasings))]
+    own = next(each for each in phrasings if each in draft.prompt)
+    others = [each for each in phrasings if each != own]
+    return draft.prompt.replace(own, Random(f"paraphrase/{draft.prompt}").choice(others))
 
 
 def _more(n: int) -> int:

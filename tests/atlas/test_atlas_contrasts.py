@@ -10,6 +10,7 @@ from fusion_lens.atlas.contrast_pairs import make_pairs
 from fusion_lens.atlas.contrast_people import asked_people, people_of
 from fusion_lens.atlas.contrasts import APPEAL, PLAIN, SIZES, make_context, make_sources
 from fusion_lens.atlas.decoding import load_completer
+from fusion_lens.atlas.relations import RELATIONS
 from fusion_lens.contrasts import (
     PARTS,
     Pair,
@@ -138,3 +139,19 @@ def test_the_engine_writes_what_the_sets_hold(atlas):
     written = [done.text for done in generate(atlas, rows)]
     assert not any(changed(each, text) for each, text in zip(wanted, written, strict=True))
     assert all(shown(each, text) for each, text in zip(wanted, written, strict=True))
+
+
+@pytest.mark.parametrize("example", [*SOURCES, *CONTEXT], ids=lambda example: example.id)
+def test_a_paraphrase_asks_the_same_in_other_words(example):
+    prompt, paraphrase = example.prompt, example.paraphrase
+    (own,) = re.findall(r"Question: (.*)\n", prompt)
+    (other,) = re.findall(r"Question: (.*)\n", paraphrase)
+    assert own != other
+    assert prompt.replace(own, other) == paraphrase
+    relations = {
+        relation.key
+        for relation in RELATIONS
+        for phrasing in relation.phrasings
+        if phrasing.format(name=example.subject) in (own, other)
+    }
+    assert len(relations) == 1
