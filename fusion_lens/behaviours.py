@@ -1,0 +1,210 @@
+"""Source and control prompts -> what ways of steering do to them: effect and damage, text by text.
+
+A behaviour is what source texts show and control texts do not (`contrasts`); whether a completion
+shows it is told by a marker, letter by letter, so that no classifier is needed. Steering is good
+where the behaviour goes on source prompts and nothing else changes on control prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fusion_lens.contrasts import Example, of_kind, shown
+from fusion_lens.decoding import Completion, GenerationConfig, Row
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.errors import ContrastError
+from fusion_lens.generation import check_context, generate, with_shape
+from fusion_lens.likelihood import completion_nll
+from fusion_lens.models import HookedModel
+from fusion_lens.plans import Plan
+from fusion_lens.prompts import Prompt, tokenize
+
+_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of steering. `plans`: none, one for every prompt, or one for each source in turn,
+    which its paraphrase shares and the control of the same place; `prefix` is put before every
+    prompt."""
+
+    plans: tuple[Plan, ...] = ()
+    prefix: str = ""
+
+    def plan(self, place: int) -> Plan | None:
+        """That of the source or control at a place."""
+        return self.plans[place % len(self.plans)] if self.plans else None
+
+
+UNSTEERED = Way()
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a way did, text by text; 1 is yes, 0 no and None unscored.
+
+    Per source: `effect`, the behaviour is gone; `wanted`, the target's marker is there; `transfer`,
+    the behaviour is gone on the paraphrase; `nll`, nats per token of what was written, given the
+    prompt alone under the unsteered model. A source, or paraphrase, that the unsteered model writes
+    without the behaviour is unscored. Per control: `kept`, it is written as the unsteered model
+    writes it; `marked`, its own marker is there.
+    """
+
+    effect: tuple[float | None, ...]
+    wanted: tuple[float | None, ...]
+    transfer: tuple[float | None, ...]
+    nll: tuple[float | None, ...]
+    kept: tuple[float | None, ...]
+    marked: tuple[float | None, ...]
+
+
+class Behaviour:
+    """The sources and controls of one part, with what the unsteered model writes.
+
+    A target belongs to the source of the same prompt. `longest_prefix` is the most that ways put
+    before a prompt: the engine's shape is set by it, so that every way runs at one shape.
+
+    Raises:
+        ContrastError: if there is no source or no control, a source has no marker, or the unsteered
+            model shows the behaviour on no source.
+        ContextLengthError: if a prompt leaves no room for its completion.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        examples: Sequence[Example],
+        *,
+        max_new_tokens: int = 48,
+        longest_prefix: str = "",
+        log: EngineLog | None = None,
+    ) -> None:
+        self.sources, self.controls = (of_kind(examples, kind) for kind in ("source", "control"))
+        if not self.sources or not self.controls:
+            raise ContrastError(
+                "there must be sources and controls, but got "
+                f"{len(self.sources)} and {len(self.controls)}."
+            )
+        targets = {each.prompt: each for each in of_kind(examples, "target")}
+        self.targets = [targets.get(source.prompt) for source in self.sources]
+        self._model = model
+        self._log = log or EngineLog()
+        paraphrased = [each for each in self.sources if each.paraphrase is not None]
+        prompts = [each.prompt for each in (*self.sources, *self.controls)]
+        prompts += [each.paraphrase for each in paraphrased if each.paraphrase is not None]
+        read = [self._prompt(prompt, longest_prefix) for prompt in prompts]
+        for prompt in read:
+            check_context(model, prompt, max_new_tokens)
+        self._settings = with_shape(model, read, GenerationConfig(max_new_tokens=max_new_tokens))
+        self._plain = self._write([UNSTEERED])[0]
+        written = self._plain
+        self._shows = [
+            shown(source, done.text)
+            for source, done in zip(self.sources, written.sources, strict=True)
+        ]
+        if not any(self._shows):
+            raise ContrastError(
+                "the unsteered model must show the behaviour on some source, but does so on none "
+                f"of {len(self.sources)}: there is nothing to steer away from."
+            )
+        self._shows_in_other_words = [
+            done is not None and shown(source, done.text)
+            for source, done in zip(self.sources, written.paraphrases, strict=True)
+        ]
+
+    @property
+    def n_shown(self) -> tuple[int, int]:
+        """On how many sources, and on how many of their paraphrases, the unsteered model shows the
+        behaviour."""
+        return sum(self._shows), sum(self._shows_in_other_words)
+
+    def observe(
+        self, ways: Sequence[Way], *, progress: Callable[[int], None] | None = None
+    ) -> list[Observed]:
+        """What each way does. `progress` is called with the number of texts written so far.
+
+        Raises:
+            PlanError: if a plan belongs to another model.
+            ContextLengthError: if a prefix leaves no room.
+        """
+        return [self._judge(written) for written in self._write(ways, progress)]
+
+    def _judge(self, written: _Written) -> Observed:
+        nlls = completion_nll(
+            self._model,
+            [
+                (self._prompt(source.prompt), done)
+                for source, done in zip(self.sources, written.sources, strict=True)
+            ],
+            batch_size=_ROWS,
+            log=self._log,
+        )
+        of_sources = list(
+            zip(
+                self.sources,
+                self.targets,
+                written.sources,
+                self._shows,
+                written.paraphrases,
+                self._shows_in_other_words,
+                strict=True,
+            )
+        )
+        of_controls = list(zip(self.controls, written.controls, self._plain.controls, strict=True))
+        return Observed(
+            effect=tuple(
+                float(not shown(source, done.text)) if shows else None
+                for source, _, done, shows, _, _ in of_sources
+            ),
+            wanted=tuple(
+                None if target is None else float(shown(target, done.text))
+                for _, target, done, _, _, _ in of_sources
+            ),
+            transfer=tuple(
+                float(not shown(source, done.text)) if shows and done is not None else None
+                for source, _, _, _, done, shows in of_sources
+            ),
+            nll=tuple(nlls),
+            kept=tuple(float(done.text == plain.text) for _, done, plain in of_controls),
+            marked=tuple(
+                None if control.marker is None else float(shown(control, done.text))
+                for control, done, _ in of_controls
+            ),
+        )
+
+    def _write(
+        self, ways: Sequence[Way], progress: Callable[[int], None] | None = None
+    ) -> list[_Written]:
+        rows: list[Row] = []
+        for way in ways:
+            for place, source in enumerate(self.sources):
+                rows.append(Row(self._prompt(source.prompt, way.prefix), way.plan(place)))
+            for place, source in enumerate(self.sources):
+                if source.paraphrase is not None:
+                    rows.append(Row(self._prompt(source.paraphrase, way.prefix), way.plan(place)))
+            for place, control in enumerate(self.controls):
+                rows.append(Row(self._prompt(control.prompt, way.prefix), way.plan(place)))
+        done = iter(generate(self._model, rows, self._settings, progress=progress, log=self._log))
+        return [
+            _Written(
+                sources=[next(done) for _ in self.sources],
+                paraphrases=[
+                    None if source.paraphrase is None else next(done) for source in self.sources
+                ],
+                controls=[next(done) for _ in self.controls],
+            )
+            for _ in ways
+        ]
+
+    def _prompt(self, text: str, prefix: str = "") -> Prompt:
+        return tokenize(self._model, prefix + text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What one way wrote, in the order of the examples."""
+
+    sources: list[Completion]
+    paraphrases: list[Completion | None]
+    controls: list[Completion]
