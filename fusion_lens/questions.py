@@ -17,14 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion_lens.errors import ConfigError, InputFileError, QuestionError, one_of
+from fusion_lens.json_lines import NOT_JSON
 from fusion_lens.question_layouts import layout_of
-from fusion_lens.record_files import (
-    NOT_JSON,
-    jsonl_line,
-    load_records,
-    require_utf8,
-    write_text,
-)
+from fusion_lens.record_files import jsonl_line, load_records, require_utf8, write_text
 from fusion_lens.tables import Section, Shows
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
