@@ -100,7 +100,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What was run, on what, with what; `command` as it was typed, None where nothing was."""
+    """What was run, on what, with what; `command` as it was typed, but for the storage's URL; None
+    where nothing was."""
 
     command: str | None
     model: str
