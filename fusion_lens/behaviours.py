@@ -8,7 +8,7 @@ where the behaviour goes on source prompts and nothing else changes on control p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fusion_lens.contrasts import Example, of_kind, shown
 from fusion_lens.decoding import Completion, GenerationConfig, Row

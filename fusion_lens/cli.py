@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -624,10 +625,17 @@ def _dictionaries(given: list[str] | None, model: str | None) -> list[str]:
 
 
 def _command() -> str:
-    """What was typed; a storage URL may hold a password."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    hidden = (re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", word) for word in words)
-    return shlex.join(hidden)
+    """What was typed but for the storage, whose URL may hold a password anywhere."""
+    words = [Path(sys.argv[0]).name]
+    for before, word in pairwise(sys.argv):
+        option, equals, _ = word.partition("=")
+        if before == "--storage":
+            words.append("...")
+        elif option == "--storage" and equals:
+            words.append("--storage=...")
+        else:
+            words.append(word)
+    return shlex.join(words)
 
 
 def _require_writable(path: Path) -> None:

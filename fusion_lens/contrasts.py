@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusion_lens.errors import ConfigError, ContrastError, InputFileError, one_of
+from fusion_lens.errors import ConfigError, ContrastError, InputFileError, one_of, require_text
 from fusion_lens.record_files import Layout, jsonl_line, load_records, text_field, write_text
 
 PARTS = ("fit", "choose", "report")
@@ -47,7 +47,9 @@ class Pair:
 
     def __post_init__(self) -> None:
         what = f"pair {self.id!r}"
-        _require_text(what, id=self.id, prompt=self.prompt, right=self.right, wrong=self.wrong)
+        require_text(
+            ContrastError, what, id=self.id, prompt=self.prompt, right=self.right, wrong=self.wrong
+        )
         _require_text_or_none(what, subject=self.subject, part=self.part, group=self.group)
         if self.right == self.wrong:
             raise ContrastError(
@@ -82,7 +84,7 @@ class Example:
 
     def __post_init__(self) -> None:
         what = f"example {self.id!r}"
-        _require_text(what, id=self.id, kind=self.kind, text=self.text)
+        require_text(ContrastError, what, id=self.id, kind=self.kind, text=self.text)
         _require_text_or_none(
             what,
             subject=self.subject,
@@ -272,14 +274,9 @@ def _told(item: Pair | Example) -> str:
     return f"{item.id!r} ({kind}, {item.part})"
 
 
-def _require_text(what: str, **values: str) -> None:
-    for name, value in values.items():
-        if not value.strip():
-            raise ContrastError(f"{what} must have a non-empty {name}, but got {value!r}.")
-
-
 def _require_text_or_none(what: str, **values: str | None) -> None:
-    _require_text(what, **{name: value for name, value in values.items() if value is not None})
+    given = {name: value for name, value in values.items() if value is not None}
+    require_text(ContrastError, what, **given)
 
 
 def _require_part(what: str, part: str | None) -> None:

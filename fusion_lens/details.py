@@ -7,17 +7,15 @@ in, and which tokens it made likelier.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import InputFileError, OutputError
+from fusion_lens.errors import InputFileError
+from fusion_lens.json_lines import append_lines, read_lines
 
 DETAILS = "details.jsonl"
-# malformed, a number of thousands of digits, brackets nested too deeply
-_NOT_JSON = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +96,7 @@ def append_details(folder: Path, details: Iterable[Detail]) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    path = folder / DETAILS
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            for detail in details:
-                file.write(json.dumps(asdict(detail), ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+    append_lines(folder / DETAILS, details)
 
 
 def load_details(folder: Path) -> tuple[Detail, ...]:
@@ -118,16 +110,7 @@ def load_details(folder: Path) -> tuple[Detail, ...]:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
-    details = []
-    # not splitlines: a token may be U+2028, which JSON leaves as it is
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            details.append(_detail(json.loads(line)))
-        except (*_NOT_JSON, TypeError, KeyError) as error:
-            raise InputFileError(path, f"must be a question's details: {error}", number) from error
-    return tuple(details)
+    return read_lines(path, text, _detail, noun="a question's details")
 
 
 def _detail(content: Mapping[str, Any]) -> Detail:

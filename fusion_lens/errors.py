@@ -126,6 +126,17 @@ class MissingExtraError(FusionLensError, ImportError):
         )
 
 
+def require_text(kind: type[FusionLensError], what: str, /, **values: str) -> None:
+    """Refuse values that are empty or white space; they are named as they are passed.
+
+    Raises:
+        FusionLensError: of that `kind`, if one is; the message begins with `what`.
+    """
+    for name, value in values.items():
+        if not value.strip():
+            raise kind(f"{what} must have a non-empty {name}, but got {value!r}.")
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
     """Return `value` if it is allowed.
 

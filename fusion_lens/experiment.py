@@ -198,13 +198,12 @@ def run(
         failed = [lenders.failures[name] for name in ids if name in lenders.failures]
         lent = lenders.donors if "mismatched" in config.arms else {}
         donated = [lent[name].shared for name in ids if name in lent]
-    n_ready = len(kept.details)
     seed = config.tuning.search.seed
     summary = {
         "schema_version": SCHEMA_VERSION,
         "provenance": asdict(_provenance(identity, config, questions, fluency, command)),
         "questions": {"n": len(questions), **(source or {})},
-        "arms": summarise_arms(kept.records, config.arms, n_ready, seed),
+        "arms": summarise_arms(kept.records, config.arms, kept.n_prepared, seed),
         "comparisons": [asdict(each) for each in compare_arms(kept.records, config.arms, seed)],
         "groups": summarise_groups(kept.records, config.arms, seed),
         "failures": [_failure(failure) for failure in (*failed, *kept.failures)],
@@ -227,8 +226,10 @@ def run(
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of the blocks; their studies and deltas go with them."""
+    """What is kept of the blocks; their studies and deltas go with them. `n_prepared` counts the
+    questions whose arms have run."""
 
+    n_prepared: int = 0
     records: list[Result] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     details: list[Detail] = field(default_factory=list)
@@ -261,15 +262,22 @@ def _run_block(
         _result(bench, *each, graded=judge.grade)
         for each in zip(chosen, reached, verdicts, strict=True)
     ]
-    details = details_of(bench, prepared, chosen, explain)
-    _write_block(chosen, records, details, folder, config.storage)
+    kept.n_prepared += len(prepared)
     kept.records += records
-    kept.details += details
     kept.failures += [
         Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
         for record in records
         if not record.finite
     ]
+    _write_block(chosen, records, folder, config.storage)
+    try:
+        details = details_of(bench, prepared, chosen, explain)
+    except KeyboardInterrupt:  # what was scored is kept
+        kept.interrupted = True
+        return
+    if folder is not None:
+        append_details(folder, details)
+    kept.details += details
 
 
 def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:
@@ -282,13 +290,11 @@ def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:
 def _write_block(
     chosen: Sequence[Chosen],
     records: Sequence[Result],
-    details: Sequence[Detail],
     folder: Path | None,
     storage: str | None,
 ) -> None:
     if folder is not None:
         append_results(folder, records)
-        append_details(folder, details)
     for each in chosen:
         if each.tuned is None:
             continue

@@ -21,6 +21,7 @@ _RESAMPLES = 2_000
 _MOST_UNREACHED = 0.05
 
 Values = Sequence[float | None]
+Points = Sequence[float] | npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Matched:
     clusters: int
 
 
-def kept_at(effect: Sequence[float], kept: Sequence[float], level: float) -> float:
+def kept_at(effect: Points, kept: Points, level: float) -> float:
     """What the front of these points keeps at an effect of `level`; NaN beyond its largest."""
     points = sorted(zip([0.0, *effect], [1.0, *kept], strict=True), reverse=True)
     front: list[tuple[float, float]] = []

@@ -16,15 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import ConfigError, InputFileError, QuestionError, one_of
+from fusion_lens.errors import ConfigError, InputFileError, QuestionError, one_of, require_text
+from fusion_lens.json_lines import NOT_JSON
 from fusion_lens.question_layouts import layout_of
-from fusion_lens.record_files import (
-    NOT_JSON,
-    jsonl_line,
-    load_records,
-    require_utf8,
-    write_text,
-)
+from fusion_lens.record_files import jsonl_line, load_records, require_utf8, write_text
 from fusion_lens.tables import Section, Shows
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
@@ -39,7 +34,7 @@ class Neighbour:
     answer: str
 
     def __post_init__(self) -> None:
-        _require_text("a neighbour", question=self.question, answer=self.answer)
+        require_text(QuestionError, "a neighbour", question=self.question, answer=self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +54,12 @@ class Question(Shows):
     neighbours: tuple[Neighbour, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_text(
-            f"question {self.id!r}", id=self.id, question=self.question, answer=self.answer
+        require_text(
+            QuestionError,
+            f"question {self.id!r}",
+            id=self.id,
+            question=self.question,
+            answer=self.answer,
         )
 
     def table(self) -> Section:
@@ -77,12 +76,6 @@ class Question(Shows):
         }
         rows = tuple((name, text) for name, text in told.items() if text)
         return Section(f"question {self.id}", ("", ""), rows)
-
-
-def _require_text(what: str, **fields: str) -> None:
-    for name, value in fields.items():
-        if not value.strip():
-            raise QuestionError(f"{what} must have a non-empty {name}, but got {value!r}.")
 
 
 def load_questions(path: str | Path) -> list[Question]:

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fusion_lens.errors import FusionLensError, InputFileError, OutputError
+from fusion_lens.json_lines import NOT_JSON
 
 Layout = Callable[[Mapping[str, str], int], dict[str, Any]]
 """(a row, its 1-based number among the rows) -> a record."""
-
-# malformed, a number of thousands of digits, brackets nested too deeply
-NOT_JSON = (ValueError, RecursionError)
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusion_lens.details import DETAILS, Detail, load_details
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
+from fusion_lens.json_lines import NOT_JSON, append_lines, read_lines
 from fusion_lens.models import ModelIdentity
 from fusion_lens.report import sections
 from fusion_lens.scores import ACCURATE
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 SCHEMA_VERSION = 6
-# malformed, a number of thousands of digits, brackets nested too deeply
-_NOT_JSON = (ValueError, RecursionError)
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
 
 
@@ -103,7 +102,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What was run, on what, with what; `command` as it was typed, None where nothing was."""
+    """What was run, on what, with what; `command` as it was typed, but for the storage's URL; None
+    where nothing was."""
 
     command: str | None
     model: str
@@ -256,13 +256,7 @@ def append_results(folder: Path, records: Iterable[Result]) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
-    path = folder / "results.jsonl"
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+    append_lines(folder / "results.jsonl", records)
 
 
 def save_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -307,12 +301,14 @@ def load_results(folder: str | Path) -> Results:
     text = _text(path)
     try:
         summary = json.loads(text)
-    except _NOT_JSON as error:
+    except NOT_JSON as error:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
         raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
     folder = Path(folder)
-    return Results(_records(folder / "results.jsonl"), Summary(summary), load_details(folder))
+    path = folder / "results.jsonl"
+    records = read_lines(path, _text(path), lambda own: Result(**own), noun="a result")
+    return Results(records, Summary(summary), load_details(folder))
 
 
 def _text(path: Path) -> str:
@@ -324,16 +320,3 @@ def _text(path: Path) -> str:
         ) from error
     except UnicodeDecodeError as error:
         raise InputFileError(path, f"must be UTF-8 text: {error.reason}") from error
-
-
-def _records(path: Path) -> tuple[Result, ...]:
-    records = []
-    # not splitlines: a completion may hold U+2028 or U+0085, which JSON leaves as they are
-    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            records.append(Result(**json.loads(line)))
-        except (*_NOT_JSON, TypeError) as error:
-            raise InputFileError(path, f"must be a result: {error}", number) from error
-    return tuple(records)

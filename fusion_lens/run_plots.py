@@ -107,22 +107,11 @@ def plot_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
             if each["metric"] != metric or each["diff"] is None:
                 continue
             sure = each["p_holm"] is not None and each["p_holm"] < _ALPHA
-            figure.add_scatter(
-                x=[each["diff"]],
-                y=[plain(each["b"])],
-                error_x=error_bars([{**each, "mean": each["diff"]}]),
-                mode="markers",
-                marker={
-                    "color": ARM_COLOURS.get(each["b"], _OTHER),
-                    "size": 11,
-                    "symbol": "circle" if sure else "circle-open",
-                    "line": {"width": 2, "color": ARM_COLOURS.get(each["b"], _OTHER)},
-                },
-                name=plain(each["b"]),
-                showlegend=False,
-                row=1,
-                col=column,
-            )
+            look = {
+                "symbol": "circle" if sure else "circle-open",
+                "line": {"width": 2, "color": _colour(each["b"])},
+            }
+            _add_point(figure, column, each["b"], {**each, "mean": each["diff"]}, look)
             keys = ("b", "metric", "diff", "low", "high", "p_holm", "n")
             rows.append(tuple(each[key] for key in keys))
         figure.add_vline(x=0, line={"color": _OTHER, "width": 1, "dash": "dot"}, col=column)
@@ -155,17 +144,7 @@ def _plot_arms(name: str, title: str, arms: Mapping[str, Any], shown: Mapping[st
             if values["mean"] is None:
                 continue
             # a point: a bar on a logarithmic axis has no foot to start from
-            figure.add_scatter(
-                x=[values["mean"]],
-                y=[plain(arm)],
-                error_x=error_bars([values]),
-                mode="markers",
-                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 11},
-                name=plain(arm),
-                showlegend=False,
-                row=1,
-                col=column,
-            )
+            _add_point(figure, column, arm, values, {})
             rows.append((arm, metric, *(values[key] for key in ("mean", "low", "high", "n"))))
     n = max((content["n"] for content in arms.values()), default=0)
     told = f"n = {number_of(n, 'question')}, mean and 95 % cluster bootstrap"
@@ -196,7 +175,7 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
                 boxpoints="all" if len(own) <= _MOST_POINTS else False,
                 jitter=0.5,
                 pointpos=0,
-                marker={"color": ARM_COLOURS.get(arm, _OTHER), "size": 4},
+                marker={"color": _colour(arm), "size": 4},
                 name=names[-1],
                 showlegend=False,
             )
@@ -223,6 +202,32 @@ def plot_coeffs(records: Sequence[Result], arms: Mapping[str, Any]) -> Figure:
     figure.update_yaxes(tickmode="array", tickvals=names)
     columns = ("question_id", "arm", "segment", "coeff", "zero_won", "tied")
     return Figure("coeffs", figure, columns, tuple(rows))
+
+
+def _add_point(
+    figure: go.Figure,
+    column: int,
+    arm: str,
+    values: Mapping[str, Any],
+    look: Mapping[str, Any],
+) -> None:
+    """The mean of `values` in the arm's row, with an error bar to `low` and `high`; `look` is of
+    the marker."""
+    figure.add_scatter(
+        x=[values["mean"]],
+        y=[plain(arm)],
+        error_x=error_bars([values]),
+        mode="markers",
+        marker={"color": _colour(arm), "size": 11, **look},
+        name=plain(arm),
+        showlegend=False,
+        row=1,
+        col=column,
+    )
+
+
+def _colour(arm: str) -> str:
+    return ARM_COLOURS.get(arm, _OTHER)
 
 
 def _name_rows(figure: go.Figure, names: Sequence[str]) -> None:

@@ -93,7 +93,7 @@ def details_of(
             if each.arm == arm:
                 explained.setdefault(each.prepared.question.id, (arm, text))
     features = {} if explain is None else _features(explain, explained)
-    planned = {each.prepared.question.id: each.tuned.plan for each in chosen if each.tuned}
+    planned = {each.prepared.question.id: each.plan for each in chosen if each.plan is not None}
     made = []
     for item in prepared:
         name = item.question.id

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 from conftest import strong_plan
 
@@ -239,6 +240,43 @@ def test_a_run_is_reported_again_and_compared_with_another(
     rows = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert {"full", "segmented"} <= rows
     assert "generic" not in rows
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:p@secret@host/studies",
+        "mysql://host/studies?user=me&password=secret",
+        "a secret",
+        "--storage=secret",
+    ],
+)
+def test_the_command_is_kept_without_the_storage_however_it_is_given(monkeypatch, url) -> None:
+    def kept(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["/bin/fusion-lens", "run", *arguments])
+        return cli._command()
+
+    assert kept("--storage", url, "--arms", "full") == "fusion-lens run --storage ... --arms full"
+    assert kept(f"--storage={url}", "--out", "two words") == (
+        "fusion-lens run --storage=... --out 'two words'"
+    )
+
+
+def test_a_run_keeps_its_command_without_the_storage_that_got_its_studies(
+    command, stories_folder, questions, tmp_path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'secret.db'}?timeout=9"
+    code, _, err = command(
+        *("run", "--model", stories_folder, "--questions", questions, "--limit", 1, "--trials", 2),
+        *("--arms", "full", "--no-reach", "--max-new-tokens", 4, "--explanation-tokens", 0),
+        *("--storage", url, "--out", tmp_path / "run"),
+    )
+    assert code == 0, err
+    assert optuna.get_all_study_names(url) == ["a/full"]
+    kept = load_results(tmp_path / "run").summary["provenance"]["command"]
+    assert kept.endswith(f"--storage ... --out {tmp_path / 'run'}")
+    for name in ("summary.json", "results.jsonl", "details.jsonl", "report.md", "report.html"):
+        assert "secret.db" not in (tmp_path / "run" / name).read_text("utf-8")
 
 
 def test_questions_are_chosen_by_topic_sample_and_failure(command, tmp_path) -> None:

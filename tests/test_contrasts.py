@@ -28,7 +28,7 @@ from fusion_lens.contrasts import (
 from fusion_lens.errors import ConfigError, ContrastError, InputFileError, OutputError
 
 PAIR = Pair("p", "Who wrote it?\n", "Ada", "Tom", "Ada", "fit", "books")
-EXAMPLE = Example("e", "source", "\nSo they say.", "Who?", "Ada", "fit", "books", "they say")
+EXAMPLE = Example("e", "source", "\nSo they say.", "Who?", "Ada", "fit", "books", "they say", "Whose?")
 TEXT = st.text(min_size=1, max_size=6).filter(str.strip)
 OPTIONAL = {"subject": TEXT, "part": st.sampled_from(PARTS), "group": TEXT}
 # fields, not values: beartype draws the items it checks at random, which strategies must not
@@ -91,8 +91,8 @@ def test_a_line_gives_every_field(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "p.jsonl").read_text("utf-8")) == told | more
     save_contrasts([EXAMPLE], tmp_path / "e.csv")
     assert (tmp_path / "e.csv").read_bytes() == (
-        b"id,kind,text,prompt,subject,part,group,marker\r\n"
-        b'e,source,"\nSo they say.",Who?,Ada,fit,books,they say\r\n'
+        b"id,kind,text,prompt,subject,part,group,marker,paraphrase\r\n"
+        b'e,source,"\nSo they say.",Who?,Ada,fit,books,they say,Whose?\r\n'
     )
     assert load_contrasts(tmp_path / "e.csv") == [EXAMPLE]
 

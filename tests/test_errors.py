@@ -13,8 +13,10 @@ from fusion_lens.errors import (
     InputFileError,
     MissingExtraError,
     OutputError,
+    QuestionError,
     UnfitModelError,
     one_of,
+    require_text,
 )
 
 REFINED = {
@@ -115,3 +117,13 @@ def test_a_name_that_is_allowed_is_given_back_and_another_lists_what_is() -> Non
     with pytest.raises(ConfigError) as caught:
         one_of("mean", "Question", ("question", "sequence"))
     assert str(caught.value) == "mean must be one of question, sequence, but got 'Question'."
+
+
+def test_a_text_that_is_empty_or_white_space_is_refused_with_the_error_that_was_asked_for() -> None:
+    require_text(QuestionError, "question 'a'", id="a", answer="0")
+    for empty in ("", " \n"):
+        with pytest.raises(QuestionError) as caught:
+            require_text(QuestionError, "question 'a'", id="a", answer=empty, question="")
+        assert str(caught.value) == (
+            f"question 'a' must have a non-empty answer, but got {empty!r}."
+        )

@@ -279,6 +279,48 @@ def test_an_interrupt_keeps_what_was_finished(tiny, tmp_path, monkeypatch, untou
     assert {r.question_id for r in load_results(tmp_path).records} == {"a"}
 
 
+def stopping_at_the_second(monkeypatch, error: BaseException) -> None:
+    """`details_of` that raises in the second block."""
+    real, calls = experiment.details_of, []
+
+    def details_of(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(experiment, "details_of", details_of)
+
+
+def test_an_interrupt_among_the_details_keeps_the_scores_and_plans_of_the_block(
+    tiny, finished, tmp_path, monkeypatch
+) -> None:
+    stopping_at_the_second(monkeypatch, KeyboardInterrupt())
+    config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=1)
+    results = run(tiny, QUESTIONS, config, out=tmp_path)
+    assert results.summary["interrupted"]
+    assert comparable(results.records) == comparable(finished[0].records)[:6]
+    assert load_results(tmp_path).records == results.records
+    for record in results.records:
+        if record.arm != "baseline":
+            plan = load_plan(plan_path(tmp_path, record.question_id, record.arm))
+            assert plan.coeffs == record.coeffs
+    assert [each.question_id for each in load_results(tmp_path).details] == ["a"]
+    counted = {arm: (c["n"], c["unscored"]) for arm, c in results.summary["arms"].items()}
+    assert counted == dict.fromkeys(THREE, (2, 0))
+
+
+def test_an_error_among_the_details_leaves_the_records_of_the_block_on_disk(
+    tiny, tmp_path, monkeypatch
+) -> None:
+    stopping_at_the_second(monkeypatch, RuntimeError("no features"))
+    config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=1)
+    with pytest.raises(RuntimeError, match="no features"):
+        run(tiny, QUESTIONS, config, out=tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["question_id"] for line in lines] == ["a"] * 3 + ["b"] * 3
+
+
 def test_any_number_of_segments(tiny) -> None:
     config = ExperimentConfig(arms=("segmented",), segments=4, tuning=QUICK)
     results = run(tiny, QUESTIONS[:1], config)

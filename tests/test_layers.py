@@ -14,6 +14,7 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators", "progress", "differences"},
+    {"json_lines"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
         *{"pictures", "tables", "record_files", "segments"},
@@ -34,7 +35,7 @@ LAYERS = (
     {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood", "details"},
     {"preparation", "statistics"},
-    {"report"},
+    {"report", "fronts"},
     {"results"},
     {"scoring"},
     {"tuning", "teacher_forcing"},
@@ -45,7 +46,7 @@ LAYERS = (
     {
         *{"methods"},
     },
-    {"arms", "interventions"},
+    {"arms", "interventions", "behaviours"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots", "report_data"},
     {"run_plots"},
@@ -80,7 +81,7 @@ DOORS = {
     "transformer_lens": {"models"},
     "sae_lens": {"saes", "atlas.train_saes"},
     "optuna": {"search"},
-    "scipy": {"statistics", "controls"},
+    "scipy": {"statistics", "controls", "fronts"},
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},

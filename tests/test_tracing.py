@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,3 +108,19 @@ def test_a_question_without_a_plan_has_layers_and_no_trace(tiny, chosen) -> None
     assert detail.traces == ()
     assert detail.steered.marked == ()
     assert len(detail.delta_norms) == 4
+
+
+def test_a_zero_plan_marks_no_token_and_hides_none_that_another_arm_steers(tiny, chosen) -> None:
+    bench, made = chosen
+    item = bench.lenders.prepared["b"]
+    full, segmented = (each for each in made if each.prepared is item and each.tuned)
+
+    def zeroed(each: Chosen) -> Chosen:
+        return replace(each, tuned=replace(each.tuned, plan=each.tuned.plan * 0))
+
+    def marked(*arms: Chosen) -> tuple[int, ...]:
+        return details_of(bench, [item], arms)[0].steered.marked
+
+    assert marked(zeroed(full), zeroed(segmented)) == ()
+    steered = tuple(t for t in range(len(item.prompt.tokens)) if t not in item.prompt.special)
+    assert marked(full, zeroed(segmented)) == marked(zeroed(full), segmented) == steered != ()

@@ -10,7 +10,7 @@ Run as a module to measure the shipped model and write `probes.json` beside the 
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -82,13 +82,13 @@ def probe_fresh(people: People, complete: Complete, sample: Complete, n: int) ->
         "sources: appeals, unseen people": _appeals(dates, complete),
         "sources: appeals, known people": _appeals(known, complete),
         "sources: appeals, sampled at temperature 1": _appeals(dates, sample),
-        "context: repeats the false fact": _share(
+        "context: repeats the false fact": Share.of(
             answer == draft.says for answer, draft in zip(told, conflicts, strict=True)
         ),
-        "context: says the true fact": _share(
+        "context: says the true fact": Share.of(
             answer == draft.target for answer, draft in zip(told, conflicts, strict=True)
         ),
-        "context: reads about unseen people": _share(
+        "context: reads about unseen people": Share.of(
             answer == draft.says for answer, draft in zip(read, reading, strict=True)
         ),
     }
@@ -100,13 +100,13 @@ def probe_examples(name: str, examples: Sequence[Example], complete: Complete) -
     written = _written([each.prompt for each in sources], complete)
     kept = _written([each.prompt for each in controls], complete)
     shares = {
-        "source prompts show the behaviour": _share(map(shown, sources, written)),
-        "source prompts show the target": _share(map(shown, targets, written)),
-        "control prompts keep their answer": _share(map(shown, controls, kept)),
-        "control prompts changed": _share(map(changed, controls, kept)),
+        "source prompts show the behaviour": Share.of(map(shown, sources, written)),
+        "source prompts show the target": Share.of(map(shown, targets, written)),
+        "control prompts keep their answer": Share.of(map(shown, controls, kept)),
+        "control prompts changed": Share.of(map(changed, controls, kept)),
     }
     if name == "sources":
-        appeals = _share(holds(text, APPEAL) for text in kept)
+        appeals = Share.of(holds(text, APPEAL) for text in kept)
         shares["control prompts show the behaviour"] = appeals
     return {f"{name}: {probe}": share for probe, share in shares.items()}
 
@@ -116,7 +116,7 @@ def probe_odds(examples: Sequence[Example], score: Score) -> tuple[Share, float]
     sources, targets = of_kind(examples, "source"), of_kind(examples, "target")
     one, other = (score([(each.prompt, each.text) for each in own]) for own in (sources, targets))
     gaps = [a - b for a, b in zip(one, other, strict=True)]
-    return _share(gap > 0 for gap in gaps), fmean(gaps)
+    return Share.of(gap > 0 for gap in gaps), fmean(gaps)
 
 
 def probe_pairs(pairs: Sequence[Pair], score: Score, tokenize: Tokenize) -> Shares:
@@ -128,7 +128,7 @@ def probe_pairs(pairs: Sequence[Pair], score: Score, tokenize: Tokenize) -> Shar
         for part in PARTS
     }
     equal = (len(tokenize(p.right)) == len(tokenize(p.wrong)) for p in pairs)
-    return {**shares, "facts: right and wrong have equally many tokens": _share(equal)}
+    return {**shares, "facts: right and wrong have equally many tokens": Share.of(equal)}
 
 
 def probe_formats(pairs: Sequence[Pair], people: People, score: Score) -> Shares:
@@ -167,7 +167,7 @@ def probe_templates(people: People, complete: Complete, n: int) -> Shares:
         names = [draft.fact.person.name for draft in drafts]
         used = [_template(relation, *each) for each in zip(names, texts, strict=True)]
         for template, words in enumerate(relation.statements):
-            shares[f"{relation.key}: {words}"] = _share(each == template for each in used)
+            shares[f"{relation.key}: {words}"] = Share.of(each == template for each in used)
     return shares
 
 
@@ -226,11 +226,11 @@ def _template(relation: Relation, name: str, text: str) -> int | None:
 def _likelier(texts: Sequence[tuple[str, str, str]], score: Score) -> Share:
     right = score([(prompt, text) for prompt, text, _ in texts])
     wrong = score([(prompt, text) for prompt, _, text in texts])
-    return _share(a > b for a, b in zip(right, wrong, strict=True))
+    return Share.of(a > b for a, b in zip(right, wrong, strict=True))
 
 
 def _appeals(asked: Sequence[str], complete: Complete) -> Share:
-    return _share(holds(text, APPEAL) for text in _written(asked, complete))
+    return Share.of(holds(text, APPEAL) for text in _written(asked, complete))
 
 
 def _answers(asked: Sequence[str], complete: Complete) -> list[str]:
@@ -239,11 +239,6 @@ def _answers(asked: Sequence[str], complete: Complete) -> list[str]:
 
 def _written(asked: Sequence[str], complete: Complete) -> list[str]:
     return [text for text, _ in complete(asked, MAX_NEW_TOKENS)]
-
-
-def _share(hits: Iterable[bool]) -> Share:
-    outcomes = list(hits)
-    return Share(sum(outcomes), len(outcomes))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -287,15 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "source_minus_target_nats": {name: round(gap, 2) for name, (_, gap) in odds.items()},
         "tables": {
-            title: {
-                name: {
-                    "hits": share.hits,
-                    "n": share.n,
-                    "share": round(share.value, 4),
-                    "interval": [round(bound, 4) for bound in share.interval],
-                }
-                for name, share in shares.items()
-            }
+            title: {name: share.to_dict() for name, share in shares.items()}
             for title, shares in tables.items()
         },
     }

@@ -13,7 +13,7 @@ facts.jsonl    Pairs of a question with the right and a wrong answer (`contrast_
 
 Sources and controls are what Atlas itself completes greedily, and are kept only where it does what
 the kind says; `contrast_probes` measures how often, on draws of which none is dropped. Markers:
-`Example.marker`. The paraphrase of a prompt asks the same in another phrasing of the relation.
+`Example.marker`. A source's paraphrase asks the same in another phrasing of the relation.
 People: `contrast_people`.
 
 Run as a module to remake the shipped files.
@@ -194,7 +194,7 @@ def _examples(
                 part=part,
                 group=draft.group,
                 marker=marker,
-                paraphrase=_in_other_words(draft),
+                paraphrase=_in_other_words(draft) if kind == "source" else None,
             )
         )
     return examples

@@ -11,6 +11,8 @@ luck      failed questions that some of 30 samples at temperature 1 answer right
 Run as a module to probe the shipped checkpoint and write `probes.json` beside it.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections import Counter
@@ -20,6 +22,7 @@ from hashlib import sha256
 from math import sqrt
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from fusion_lens.atlas import CHECKPOINT, prompts
 from fusion_lens.atlas.prompts import Complete
@@ -52,6 +55,16 @@ class Share:
         if not 0 <= self.hits <= self.n or self.n == 0:
             raise ValueError(f"0 <= hits <= n and n > 0 must hold, but got {self}.")
 
+    @staticmethod
+    def of(hits: Iterable[bool]) -> Share:
+        """Count them.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        outcomes = list(hits)
+        return Share(sum(outcomes), len(outcomes))
+
     @property
     def value(self) -> float:
         """hits / n."""
@@ -64,6 +77,15 @@ class Share:
         spread = _Z * sqrt(self.hits * (self.n - self.hits) / self.n + _Z**2 / 4)
         spread /= self.n + _Z**2
         return max(0.0, centre - spread), min(1.0, centre + spread)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: hits, n, and to four digits share and interval."""
+        return {
+            "hits": self.hits,
+            "n": self.n,
+            "share": round(self.value, 4),
+            "interval": [round(bound, 4) for bound in self.interval],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +119,7 @@ def unseen_cases(world: World, n: int, seed: int) -> list[Case]:
 
 def probe_known(cases: Sequence[Case], complete: Complete) -> Share:
     """Share of the cases answered rightly without a context."""
-    return _share(_answered_rightly(cases, _answering_prompts(cases), complete))
+    return Share.of(_answered_rightly(cases, _answering_prompts(cases), complete))
 
 
 def probe_unseen(cases: Sequence[Case], complete: Complete) -> dict[str, Share]:
@@ -108,11 +130,11 @@ def probe_unseen(cases: Sequence[Case], complete: Complete) -> dict[str, Share]:
     for (key, _), count in counts.items():
         most[key] = max(most[key], count)
     return {
-        "unseen": _share(
+        "unseen": Share.of(
             exact_match(text, case.fact.value)
             for case, (text, _) in zip(cases, completions, strict=True)
         ),
-        "fluent": _share(
+        "fluent": Share.of(
             case.fact.relation.has_form(extract_answer(text))
             for case, (text, _) in zip(cases, completions, strict=True)
         ),
@@ -128,13 +150,13 @@ def probe_reading(cases: Sequence[Case], complete: Complete) -> Share:
         )
         for index, case in enumerate(cases)
     ]
-    return _share(_answered_rightly(cases, texts, complete))
+    return Share.of(_answered_rightly(cases, texts, complete))
 
 
 def probe_explains(cases: Sequence[Case], complete: Complete) -> Share:
     """Share of the cases whose explanation holds gold and name and ends by itself."""
     texts = [prompts.explaining_prompt(case.question, case.fact.value) for case in cases]
-    return _share(
+    return Share.of(
         ended and case.fact.value in text and case.fact.person.name in text
         for case, (text, ended) in zip(cases, complete(texts, MAX_NEW_TOKENS), strict=True)
     )
@@ -146,7 +168,7 @@ def probe_luck(cases: Sequence[Case], complete: Complete, sample: Complete) -> S
     failed = [case for case, hit in zip(cases, right, strict=True) if not hit]
     texts = [text for text in _answering_prompts(failed) for _ in range(N_SAMPLES)]
     samples = sample(texts, _ANSWER_TOKENS)
-    return _share(
+    return Share.of(
         any(
             exact_match(text, case.fact.value)
             for text, _ in samples[index * N_SAMPLES : (index + 1) * N_SAMPLES]
@@ -200,11 +222,6 @@ def _template(case: Case, index: int) -> int:
     return index // len(RELATIONS) % len(case.fact.relation.statements)
 
 
-def _share(hits: Iterable[bool]) -> Share:
-    outcomes = list(hits)
-    return Share(sum(outcomes), len(outcomes))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Probe a checkpoint with Hugging Face generation, print the table, write the record."""
     from fusion_lens.atlas.decoding import load_completer
@@ -226,15 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {
         "weights_sha256": hash_weights(options.checkpoint),
         "seed": options.seed,
-        "probes": {
-            name: {
-                "hits": share.hits,
-                "n": share.n,
-                "share": round(share.value, 4),
-                "interval": [round(bound, 4) for bound in share.interval],
-            }
-            for name, share in shares.items()
-        },
+        "probes": {name: share.to_dict() for name, share in shares.items()},
     }
     options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -314,6 +314,6 @@ function renderDetail(run, question, detail, vocabulary) {
     section("Scores", scoresTable(run, question)),
     ...(detail
       ? [layersSection(run, question, detail), tokensSection(run, detail, vocabulary), featuresSection(detail)]
-      : [section("Layers, tokens, features", note("This run kept none of this question: it failed, or the run is older than details.jsonl."))]),
+      : [section("Layers, tokens, features", note("This run kept none of this question: it failed, or the run was interrupted or is older than details.jsonl."))]),
   ];
 }

@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from fusion_lens.atlas import prompts
+from fusion_lens.atlas import CHECKPOINT, CONTRASTS, prompts
 from fusion_lens.atlas.probes import (
     N_SAMPLES,
     Share,
@@ -46,6 +48,20 @@ def test_the_interval_is_wilsons(hits, n, low, high):
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(ValueError, match="n > 0 must hold"):
         Share(0, 0)
+    with pytest.raises(ValueError, match="n > 0 must hold"):
+        Share.of([])
+
+
+def test_a_share_counts_what_is_true():
+    assert Share.of(n % 3 == 0 for n in range(10)) == Share(4, 10)
+
+
+def test_shares_are_written_as_the_shipped_records_hold_them():
+    probes = json.loads((CHECKPOINT.parent / "probes.json").read_text("utf-8"))["probes"]
+    tables = json.loads((CONTRASTS / "probes.json").read_text("utf-8"))["tables"]
+    for records in (probes, *tables.values()):
+        for told in records.values():
+            assert Share(told["hits"], told["n"]).to_dict() == told
 
 
 def test_known_facts_are_asked_for_in_their_held_out_phrasings():
