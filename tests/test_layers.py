@@ -44,6 +44,7 @@ LAYERS = (
     },
     {
         *{"methods"},
+        *{"methods.dsas"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
@@ -81,6 +82,7 @@ DOORS = {
     "sae_lens": {"saes", "atlas.train_saes"},
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
+    "sklearn": {"methods.dsas"},
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
