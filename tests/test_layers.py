@@ -40,7 +40,7 @@ LAYERS = (
     {"tuning", "teacher_forcing"},
     {
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
-        *{"site_activations", "contrast_texts"},
+        *{"site_activations", "contrast_texts", "gate_values"},
     },
     {
         *{"methods"},
