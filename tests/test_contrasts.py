@@ -37,7 +37,7 @@ PAIR_FIELDS = st.fixed_dictionaries(
 ).filter(lambda fields: fields["right"] != fields["wrong"])
 EXAMPLE_FIELDS = st.fixed_dictionaries(
     {"id": TEXT, "kind": st.sampled_from(KINDS), "text": TEXT},
-    optional={"prompt": st.text(max_size=6), **OPTIONAL},
+    optional={"prompt": st.text(max_size=6), "paraphrase": TEXT, **OPTIONAL},
 )
 
 

@@ -41,10 +41,11 @@ LAYERS = (
     {"tuning", "teacher_forcing"},
     {
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
-        *{"site_activations", "contrast_texts"},
+        *{"site_activations", "contrast_texts", "gate_values"},
     },
     {
         *{"methods"},
+        *{"methods.dsas"},
     },
     {"arms", "interventions", "behaviours"},
     {"transfer", "selection", "faithfulness", "tracing"},
@@ -82,6 +83,7 @@ DOORS = {
     "sae_lens": {"saes", "atlas.train_saes"},
     "optuna": {"search"},
     "scipy": {"statistics", "controls", "fronts"},
+    "sklearn": {"methods.dsas"},
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
