@@ -42,8 +42,10 @@ LAYERS = (
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
         *{"site_activations", "contrast_texts"},
     },
+    {"methods.checks"},
     {
         *{"methods"},
+        *{"methods.austeer"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
