@@ -45,7 +45,7 @@ LAYERS = (
     {"methods.checks"},
     {
         *{"methods"},
-        *{"methods.austeer"},
+        *{"methods.austeer", "methods.linear_act"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
