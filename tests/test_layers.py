@@ -45,7 +45,7 @@ LAYERS = (
     {"methods.checks"},
     {
         *{"methods"},
-        *{"methods.austeer", "methods.linear_act"},
+        *{"methods.austeer", "methods.linear_act", "methods.prompting"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
