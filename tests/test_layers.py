@@ -43,9 +43,11 @@ LAYERS = (
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
         *{"site_activations", "contrast_texts", "gate_values"},
     },
+    {"methods.checks"},
     {
         *{"methods"},
         *{"methods.dsas"},
+        *{"methods.austeer", "methods.linear_act", "methods.prompting"},
     },
     {"arms", "interventions", "behaviours"},
     {"transfer", "selection", "faithfulness", "tracing"},

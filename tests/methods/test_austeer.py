@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import deltas_of
+from fitted import check_plan
+from kinds import SITES
+from torch import Tensor
+
+from fusion_lens.contrast_texts import pair_texts
+from fusion_lens.contrasts import Pair
+from fusion_lens.controls import with_vectors
+from fusion_lens.errors import ActivationError, ConfigError, ContrastError
+from fusion_lens.methods.austeer import (
+    ALPHA_HIGH,
+    ALPHA_LOW,
+    Momenta,
+    austeer,
+    consistent,
+    momenta,
+    random_ranking,
+    ranking_by_mean,
+    unit_mask,
+)
+from fusion_lens.models import HookedModel, identify
+from fusion_lens.plans import Affine, make_plan
+from fusion_lens.site_activations import SiteActivations, record_at
+
+PAIRS = [
+    Pair("a", "Who wrote the red book?", "\nAda Lovelace", "\nTom Harris"),
+    Pair("b", "When was Tom born?", "\n3 May 1901", "\n4 June 1902"),
+    Pair("c", "Where is the harbour?", " in the quiet winter.", " over the lazy dog."),
+    Pair("d", "Who was born?", " Tom was born.", " The fox jumps."),
+    Pair("e", "The quick", " brown fox", " red book"),
+]
+
+
+def recorded(model: HookedModel, site: str) -> tuple[SiteActivations, SiteActivations]:
+    right, wrong = pair_texts(model, PAIRS)
+    return record_at(model, right, site), record_at(model, wrong, site)
+
+
+def toy(model: HookedModel, differences: dict[tuple[int, int], list[float]]) -> Momenta:
+    """Four pairs that differ in a few units only, by hand."""
+    values = torch.zeros(4, 4, 32)
+    for (layer, unit), own in differences.items():
+        values[:, layer, unit] = torch.tensor(own)
+    base = torch.full_like(values, 2.0)
+    sides = (SiteActivations(x, "resid_post", identify(model)) for x in (base + values, base))
+    return momenta(*sides)
+
+
+TOY = {
+    (3, 7): [1.0, 2.0, 3.0, 4.0],  # always up
+    (1, 5): [-9.0, -9.0, -9.0, -9.0],  # always down
+    (1, 2): [1.0, 1.0, 1.0, 1.0],  # always up
+    (0, 0): [1.0, 0.0, -1.0, 1.0],  # twice up, once down
+    (2, 9): [-1.0, -1.0, 8.0, 0.0],  # twice down, once up; up in the mean
+    (2, 3): [1.0, -1.0, 1.0, -1.0],  # as often up as down
+}
+
+
+def test_momenta_are_shares_of_pairs_and_zeros_count_for_neither(tiny: HookedModel) -> None:
+    found = toy(tiny, TOY)
+    shares = {place: (found.r_positive[place], found.r_negative[place]) for place in TOY}
+    assert shares == {
+        (3, 7): (1.0, 0.0),
+        (1, 5): (0.0, 1.0),
+        (1, 2): (1.0, 0.0),
+        (0, 0): (0.5, 0.25),
+        (2, 9): (0.25, 0.5),
+        (2, 3): (0.5, 0.5),
+    }
+    assert found.mean[3, 7] == 2.5
+    assert found.mean[2, 9] == 1.5
+    assert found.score[2, 9] == 0.5
+    assert float(found.score.sum()) == 4.5
+    assert found.n == 4
+
+
+def test_units_are_ranked_by_score_then_layer_then_dimension(tiny: HookedModel) -> None:
+    ranking = toy(tiny, TOY).ranking
+    head = [[1, 2], [1, 5], [3, 7], [0, 0], [2, 3], [2, 9], [0, 1], [0, 2]]
+    assert ranking[:8].tolist() == head
+    assert ranking[-1].tolist() == [3, 31]
+    assert len({tuple(place) for place in ranking.tolist()}) == 4 * 32
+
+
+def test_controls_rank_all_units_by_mean_difference_or_by_chance(tiny: HookedModel) -> None:
+    found = toy(tiny, TOY)
+    assert ranking_by_mean(found)[:4].tolist() == [[1, 5], [3, 7], [2, 9], [1, 2]]
+    one, same, other = (random_ranking(found, seed) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    for ranking in (one, other, ranking_by_mean(found)):
+        assert {tuple(place) for place in ranking.tolist()} == set(np.ndindex(4, 32))
+
+
+def test_the_first_k_units_of_a_ranking_are_the_mask(tiny: HookedModel) -> None:
+    ranking = toy(tiny, TOY).ranking
+    mask = unit_mask(ranking, 3, (4, 32))
+    assert mask.nonzero().tolist() == [[1, 2], [1, 5], [3, 7]]
+    assert bool(unit_mask(ranking, 128, (4, 32)).all())
+
+
+def test_a_kept_unit_is_scaled_by_the_larger_share_with_its_sign(tiny: HookedModel) -> None:
+    found = toy(tiny, TOY)
+    (step,) = (austeer(found, 6) * 10.0).steps
+    assert isinstance(step, Affine)
+    assert step.move.scale is not None
+    scales = {tuple(p): float(step.move.scale[tuple(p)]) for p in step.scale.nonzero().tolist()}
+    # r+ and r- of (2, 3) are equal, which counts as positive
+    assert scales == {
+        (1, 2): 10.0,
+        (1, 5): -10.0,
+        (3, 7): 10.0,
+        (0, 0): 5.0,
+        (2, 3): 5.0,
+        (2, 9): -5.0,
+    }
+    assert not bool(step.shift.any())
+    assert (step.site, step.positions) == ("resid_post", "all")
+    chosen = austeer(found, 1, ranking=ranking_by_mean(found), positions="prompt").steps[0]
+    assert isinstance(chosen, Affine)
+    assert (chosen.scale.nonzero().tolist(), chosen.positions) == ([[1, 5]], "prompt")
+
+
+def by_numpy(right: Tensor, wrong: Tensor, k: int) -> np.ndarray:
+    """The scale of every unit, counted one by one from the formulas of docs/method.md."""
+    x, y = right.numpy().astype(np.float64), wrong.numpy().astype(np.float64)
+    n, n_layers, width = x.shape
+    up, down = np.zeros((n_layers, width)), np.zeros((n_layers, width))
+    for j in range(n):
+        for place in np.ndindex(n_layers, width):
+            up[place] += x[j][place] > y[j][place]
+            down[place] += x[j][place] < y[j][place]
+    places = sorted(np.ndindex(n_layers, width), key=lambda p: (-max(up[p], down[p]), p))
+    scale = np.zeros((n_layers, width))
+    for p in places[:k]:
+        scale[p] = up[p] / n if up[p] >= down[p] else -down[p] / n
+    return scale
+
+
+@pytest.mark.parametrize("k", [1, 40, 4 * 32])
+@pytest.mark.parametrize("site", SITES)
+def test_plans_are_those_counted_one_by_one(tiny: HookedModel, site: str, k: int) -> None:
+    right, wrong = recorded(tiny, site)
+    (step,) = austeer(momenta(right, wrong), k).steps
+    assert isinstance(step, Affine)
+    expected = by_numpy(right.values, wrong.values, k)
+    np.testing.assert_allclose(step.scale.numpy(), expected, atol=1e-5)
+    assert step.site == site
+    assert 0 < np.count_nonzero(expected) <= k
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_plan_keeps_what_plans_keep(tiny: HookedModel, site: str, tmp_path: Path) -> None:
+    check_plan(tiny, austeer(momenta(*recorded(tiny, site)), 20), tmp_path)
+    assert (ALPHA_LOW, ALPHA_HIGH) == (1.0, 100.0)
+
+
+def test_counts_add_up_and_a_question_is_taken_away_again(tiny: HookedModel) -> None:
+    base = deltas_of(tiny)
+    generator = torch.Generator().manual_seed(0)
+    many = [
+        with_vectors(base, torch.randn(base.vectors.shape, generator=generator)) for _ in range(7)
+    ]
+    everyone = consistent(many)
+    for i, own in enumerate(many):
+        others = consistent(many[:i] + many[i + 1 :])
+        left = everyone - consistent([own])
+        assert left.n == 6
+        assert torch.equal(left.n_positive, others.n_positive)
+        assert torch.equal(left.n_negative, others.n_negative)
+        assert torch.equal(left.ranking, others.ranking)
+        torch.testing.assert_close(left.mean, others.mean)
+    halves = consistent(many[:3]) + consistent(many[3:])
+    assert torch.equal(halves.n_positive, everyone.n_positive)
+    assert halves.n == 7
+
+
+def test_what_others_agree_on_is_a_mask_of_a_step(tiny: HookedModel) -> None:
+    base = deltas_of(tiny)
+    signs = torch.ones(5, 4, 32)
+    signs[0, :, ::2] = -1.0
+    others = [with_vectors(base, base.vectors.abs() * own) for own in signs]
+    found = consistent(others)
+    assert (found.site, found.model) == ("resid_post", identify(tiny))
+    mask = unit_mask(found.ranking, 4 * 16, (4, 32))
+    assert bool(mask[:, 1::2].all())
+    plan = make_plan(base, 1.0, units=mask)
+    assert torch.equal(plan.shift_at("completion"), base.vectors * mask)
+
+
+REFUSED: dict[str, tuple[Callable[[HookedModel], object], type[Exception], str]] = {
+    "one pair": (
+        lambda m: momenta(*(some_rows(side, 1) for side in recorded(m, "resid_post"))),
+        ContrastError,
+        "at least 2 pairs to learn from, but got 1",
+    ),
+    "unequal": (
+        lambda m: momenta(recorded(m, "mlp_out")[0], some_rows(recorded(m, "mlp_out")[1], 3)),
+        ContrastError,
+        "must have its wrong one, but got 5 right and 3 wrong",
+    ),
+    "sites": (
+        lambda m: momenta(recorded(m, "mlp_out")[0], recorded(m, "resid_post")[1]),
+        ActivationError,
+        "must be of one site, but got mlp_out of 32 and resid_post",
+    ),
+    "no deltas": (lambda m: consistent([]), ContrastError, "at least one question's deltas"),
+    "one question": (
+        lambda m: consistent([deltas_of(m)]).ranking,
+        ContrastError,
+        "must be of at least 2 pairs to be compared, but are of 1",
+    ),
+    "stranger": (
+        lambda m: toy(m, {}) - consistent([deltas_of(m)]),
+        ContrastError,
+        "counts must be in 0 to 3.*take away only pairs that were counted in",
+    ),
+    "other site": (
+        lambda m: toy(m, {}) + momenta(*recorded(m, "mlp_out")),
+        ActivationError,
+        "must be of one site, but got resid_post and mlp_out",
+    ),
+    "other model": (
+        lambda m: toy(m, {}) + replace(toy(m, {}), model=replace(identify(m), weights="0" * 64)),
+        ActivationError,
+        "momenta must come from one model, but it was made on",
+    ),
+    "no unit": (lambda m: austeer(toy(m, {}), 0), ConfigError, "1 <= k <= 128.* but got 0"),
+    "too many": (lambda m: austeer(toy(m, {}), 129), ConfigError, "1 <= k <= 128.* but got 129"),
+    "other ranking": (
+        lambda m: austeer(toy(m, {}), 3, ranking=toy(m, {}).ranking[:64]),
+        ConfigError,
+        "all 128 units of 4 layers of 32, but is of 64",
+    ),
+    "positions": (
+        lambda m: austeer(toy(m, {}), 3, positions="last"),
+        ConfigError,
+        "positions must be one of all",
+    ),
+}
+
+
+def some_rows(side: SiteActivations, n: int) -> SiteActivations:
+    return replace(side, values=side.values[:n])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_counted_is_refused(tiny: HookedModel, case: str) -> None:
+    make, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        make(tiny)
