@@ -8,7 +8,7 @@ where the behaviour goes on source prompts and nothing else changes on control p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusion_lens.contrasts import Example, of_kind, shown
 from fusion_lens.decoding import Completion, GenerationConfig, Row
@@ -21,6 +21,7 @@ from fusion_lens.plans import Plan
 from fusion_lens.prompts import Prompt, tokenize
 
 _ROWS = 16
+_WAYS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class Observed:
 class Behaviour:
     """The sources and controls of one part, with what the unsteered model writes.
 
-    A target belongs to the source of the same prompt. `longest_prefix` is the most that ways put
-    before a prompt: the engine's shape is set by it, so that every way runs at one shape.
+    A target belongs to the source of the same prompt. All ways without a prefix run at one shape of
+    the engine; those with one need more room.
 
     Raises:
         ContrastError: if there is no source or no control, a source has no marker, or the unsteered
@@ -77,7 +78,6 @@ class Behaviour:
         examples: Sequence[Example],
         *,
         max_new_tokens: int = 48,
-        longest_prefix: str = "",
         log: EngineLog | None = None,
     ) -> None:
         self.sources, self.controls = (of_kind(examples, kind) for kind in ("source", "control"))
@@ -93,12 +93,11 @@ class Behaviour:
         paraphrased = [each for each in self.sources if each.paraphrase is not None]
         prompts = [each.prompt for each in (*self.sources, *self.controls)]
         prompts += [each.paraphrase for each in paraphrased if each.paraphrase is not None]
-        read = [self._prompt(prompt, longest_prefix) for prompt in prompts]
+        read = [self._prompt(prompt) for prompt in prompts]
         for prompt in read:
             check_context(model, prompt, max_new_tokens)
         self._settings = with_shape(model, read, GenerationConfig(max_new_tokens=max_new_tokens))
-        self._plain = self._write([UNSTEERED])[0]
-        written = self._plain
+        self._plain = written = self._write([UNSTEERED], paraphrased=True)[0]
         self._shows = [
             shown(source, done.text)
             for source, done in zip(self.sources, written.sources, strict=True)
@@ -120,15 +119,26 @@ class Behaviour:
         return sum(self._shows), sum(self._shows_in_other_words)
 
     def observe(
-        self, ways: Sequence[Way], *, progress: Callable[[int], None] | None = None
+        self,
+        ways: Sequence[Way],
+        *,
+        paraphrased: bool = True,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Observed]:
-        """What each way does. `progress` is called with the number of texts written so far.
+        """What each way does; without `paraphrased` transfer is unscored. `progress` is called with
+        the number of ways done so far.
 
         Raises:
             PlanError: if a plan belongs to another model.
             ContextLengthError: if a prefix leaves no room.
         """
-        return [self._judge(written) for written in self._write(ways, progress)]
+        observed = []
+        for start in range(0, len(ways), _WAYS):
+            some = ways[start : start + _WAYS]
+            observed += [self._judge(own) for own in self._write(some, paraphrased=paraphrased)]
+            if progress is not None:
+                progress(len(observed))
+        return observed
 
     def _judge(self, written: _Written) -> Observed:
         nlls = completion_nll(
@@ -173,28 +183,41 @@ class Behaviour:
             ),
         )
 
-    def _write(
-        self, ways: Sequence[Way], progress: Callable[[int], None] | None = None
-    ) -> list[_Written]:
-        rows: list[Row] = []
-        for way in ways:
-            for place, source in enumerate(self.sources):
-                rows.append(Row(self._prompt(source.prompt, way.prefix), way.plan(place)))
-            for place, source in enumerate(self.sources):
-                if source.paraphrase is not None:
-                    rows.append(Row(self._prompt(source.paraphrase, way.prefix), way.plan(place)))
-            for place, control in enumerate(self.controls):
-                rows.append(Row(self._prompt(control.prompt, way.prefix), way.plan(place)))
-        done = iter(generate(self._model, rows, self._settings, progress=progress, log=self._log))
+    def _write(self, ways: Sequence[Way], *, paraphrased: bool) -> list[_Written]:
+        texts: list[tuple[str | None, int]] = [
+            *((source.prompt, n) for n, source in enumerate(self.sources)),
+            *((source.paraphrase, n) for n, source in enumerate(self.sources) if paraphrased),
+            *((control.prompt, n) for n, control in enumerate(self.controls)),
+        ]
+        asked = [(way, text, n) for way in ways for text, n in texts]
+        done: dict[int, Completion] = {}
+        for prefixed in (False, True):
+            places = [
+                i
+                for i, (way, text, _) in enumerate(asked)
+                if text is not None and bool(way.prefix) == prefixed
+            ]
+            rows = [
+                Row(self._prompt(text, way.prefix), way.plan(n))
+                for way, text, n in (asked[i] for i in places)
+                if text is not None
+            ]
+            settings = replace(self._settings, cache_length=None) if prefixed else self._settings
+            written = generate(self._model, rows, settings, log=self._log)
+            done.update(zip(places, written, strict=True))
+        n_sources, n_texts = len(self.sources), len(texts)
         return [
             _Written(
-                sources=[next(done) for _ in self.sources],
+                sources=[done[i] for i in range(start, start + n_sources)],
                 paraphrases=[
-                    None if source.paraphrase is None else next(done) for source in self.sources
+                    done.get(i) if paraphrased else None
+                    for i in range(start + n_sources, start + 2 * n_sources)
                 ],
-                controls=[next(done) for _ in self.controls],
+                controls=[
+                    done[i] for i in range(start + n_texts - len(self.controls), start + n_texts)
+                ],
             )
-            for _ in ways
+            for start in range(0, len(asked), n_texts)
         ]
 
     def _prompt(self, text: str, prefix: str = "") -> Prompt:

@@ -8,18 +8,26 @@ packages are imported inside the commands, so that `--help` is quick.
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fusion_lens.cli_inputs import (
+    dictionary_names,
+    open_contrasts,
+    open_fluency,
+    open_judge,
+    open_model,
+    open_questions,
+    require_writable,
+    segments_of,
+    typed_command,
+    whole_numbers,
+)
 from fusion_lens.cli_options import (
     ChatOption,
     DeviceOption,
@@ -32,14 +40,11 @@ from fusion_lens.cli_options import (
     given,
     with_settings,
 )
-from fusion_lens.errors import ConfigError, FusionLensError, OutputError, QuestionError
+from fusion_lens.errors import ConfigError, FusionLensError, QuestionError
 
 if TYPE_CHECKING:
-    from fusion_lens.judges import Judge
     from fusion_lens.models import HookedModel
-    from fusion_lens.perplexity import PerplexityModel
     from fusion_lens.protocols import Protocol
-    from fusion_lens.questions import Question
     from fusion_lens.teacher_forcing import Text
 
 app = typer.Typer(
@@ -48,8 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
-
-_SIMPLEQA = "basicv8vc/SimpleQA"
 
 # typer has a copy of click of its own or uses the installed one, depending on its version
 _ClickException: Any = next(
@@ -167,14 +170,14 @@ def run(
     config = given(
         settings.experiment,
         arms=None if arms is None else tuple(arms.split(",")),
-        segments=_segments(segments),
+        segments=segments_of(segments),
         centre=centre,
         reach=reach,
         unrelated=UNRELATED if unrelated is None and model is None else unrelated,
         storage=storage,
     )
     tuning = config.tuning
-    available = _questions(questions, model)
+    available = open_questions(questions, model)
     matching = select_questions(
         available,
         split=None if question_id else split,
@@ -199,13 +202,15 @@ def run(
         "limit": None if question_id else limit,
         "available": len(matching),
     }
-    _require_writable(out / "results.jsonl")
-    judging = _judge(judge, judge_cache, settings.grade if grade is None else grade, judge_price)
+    require_writable(out / "results.jsonl")
+    judging = open_judge(
+        judge, judge_cache, settings.grade if grade is None else grade, judge_price
+    )
     if grade and not judging.grade:
         raise ConfigError(f"grades need a judge model, but the judge {judging.name} gives none.")
-    fluency = _fluency(settings, device)
-    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
-    shelved = open_dictionaries(_dictionaries(dictionary, model), opened)
+    fluency = open_fluency(settings, device)
+    opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
+    shelved = open_dictionaries(dictionary_names(dictionary, model), opened)
     with bars() as progress:
         if failed:
             selected = select_failed(
@@ -235,7 +240,7 @@ def run(
             fluency=fluency,
             explain=explainer(opened, shelved) if shelved else None,
             source=source,
-            command=_command(),
+            command=typed_command(),
             progress=progress,
         )
     _print_tables(results.summary)
@@ -317,16 +322,16 @@ def tune(
     from fusion_lens.tuning import tune as tune_question
 
     asked = Question(id="question", question=question, answer=answer, explanation=explanation)
-    _require_writable(out)
+    require_writable(out)
     if storage is not None:
         check_storage(storage, [asked.question])
-    fluency = _fluency(settings, device)
-    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
+    fluency = open_fluency(settings, device)
+    opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
     with bars() as progress:
         tuned = tune_question(
             opened,
             asked,
-            segments=_segments(segments),
+            segments=segments_of(segments),
             config=settings.experiment.tuning,
             fluency=fluency,
             progress=progress,
@@ -368,7 +373,7 @@ def generate(
         raise QuestionError(f"a prompt must not be empty, but got {prompt!r}.")
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
     loaded = load_plan(plan) * scale
-    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
+    opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
     if question or chat:
         read = question_prompt(opened, prompt, Template(chat=chat))
     else:
@@ -454,7 +459,7 @@ def features(
         raise ConfigError(
             f"top must be at least 1 and coding at least 0, but got {top} and {coding}."
         )
-    opened = _load(model, dtype, device, load_in_8bit=load_in_8bit)
+    opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
     shelved = open_dictionaries(dictionary or ["atlas-sae"], opened)
     tuning = settings.experiment.tuning
     if plan is not None:
@@ -509,8 +514,8 @@ def questions(
     from fusion_lens.prompts import tokenize
     from fusion_lens.questions import save_questions
 
-    _require_writable(out)
-    model = _load(None, None, None)
+    require_writable(out)
+    model = open_model(None, None, None)
 
     def complete(prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
         config = GenerationConfig(max_new_tokens=max_new_tokens, slots=slots)
@@ -524,6 +529,83 @@ def questions(
     made = make_questions(atlas, seed, complete)
     save_questions(made, out)
     print(f"{len(made)} questions written to {out}")
+    return 0
+
+
+@app.command()
+def compare_methods(
+    contrasts: Annotated[
+        str | None,
+        typer.Option(
+            help="JSONL or CSV of source, target and control texts in three parts; for Atlas "
+            "sources or context. [default: sources for Atlas]"
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated. [default: all there are]")
+    ] = None,
+    gates: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: dsas, and its controls permuted and constant; or none."
+        ),
+    ] = "dsas",
+    units: Annotated[
+        str, typer.Option(help="Numbers of units that AUSteer and masks are tried with.")
+    ] = "1,10,100",
+    unrelated: Annotated[
+        Path | None,
+        typer.Option(help="Text file for the divergence; without it Atlas' own for Atlas."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens per completion, at most.")] = 48,
+    seed: Annotated[int, typer.Option(help="Seed of folds, draws and bootstrap.")] = 0,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Where a record per method and strength goes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for figures; none without it.")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    load_in_8bit: EightBitOption = False,
+) -> int:
+    """Steering methods on the same texts: effect on a behaviour against damage to what must stay,
+    with and without a gate."""
+    from rich.console import Console
+
+    from fusion_lens.atlas import UNRELATED
+    from fusion_lens.divergence import unrelated_texts
+    from fusion_lens.method_bench import compare_methods as compare
+    from fusion_lens.method_plots import plot_fronts
+    from fusion_lens.method_suite import METHODS
+    from fusion_lens.pictures import write_figures
+    from fusion_lens.progress import bars
+
+    examples = open_contrasts(contrasts, model)
+    if as_json is not None:
+        require_writable(as_json)
+    opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
+    text = UNRELATED if unrelated is None and model is None else unrelated
+    with bars() as progress:
+        bench = compare(
+            opened,
+            examples,
+            methods=METHODS if methods is None else tuple(methods.split(",")),
+            gates=() if gates == "none" else tuple(gates.split(",")),
+            units=whole_numbers("units", units),
+            unrelated=() if text is None else unrelated_texts(opened, text),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=progress,
+        )
+    for table in (bench.table(), *bench.gate_tables()):
+        Console().print(table.to_rich())
+        print()
+    if as_json is not None:
+        bench.write(as_json)
+        print(f"written to {as_json}")
+    if out is not None:
+        missing = write_figures([plot_fronts(bench)], out)
+        print(missing or f"figures written to {out}")
     return 0
 
 
@@ -554,99 +636,6 @@ def _print_tables(summary: dict[str, Any]) -> None:
         print()
     for line in closing_lines(summary):
         print(line)
-
-
-def _segments(text: str) -> str | int:
-    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
-
-
-def _fluency(settings: Protocol, device: str | None) -> PerplexityModel | None:
-    if settings.perplexity_model is None:
-        return None
-    from fusion_lens.atlas import CHECKPOINT
-    from fusion_lens.perplexity import PerplexityModel
-
-    source = settings.perplexity_model
-    return PerplexityModel(CHECKPOINT if source == "atlas" else source, device=device)
-
-
-def _price(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    match [float(part) for part in re.findall(r"[0-9]+(?:\.[0-9]+)?", text)]:
-        case [paid_in, paid_out] if re.fullmatch(r"[0-9.]+,[0-9.]+", text):
-            return paid_in, paid_out
-    raise ConfigError(f"judge_price must be two numbers as 2.5,10, but got {text!r}.")
-
-
-def _judge(name: str, cache: Path | None, grade: bool, price: str | None) -> Judge:
-    from fusion_lens.judges import LexicalJudge
-
-    if name == "lexical":
-        if cache is not None or price is not None:
-            raise ConfigError(
-                "judge_cache and judge_price need a judge model, but the judge is lexical."
-            )
-        return LexicalJudge()
-    from fusion_lens.llm_judge import LLMJudge
-
-    judge = LLMJudge(name, grade=grade, cache=cache, price=_price(price))
-    judge.open()
-    return judge
-
-
-def _questions(source: str | None, model: str | None) -> list[Question]:
-    from fusion_lens.atlas import QUESTIONS
-    from fusion_lens.hub import find_table
-    from fusion_lens.questions import load_questions
-
-    if source is None and model is not None:
-        raise ConfigError(
-            "a model other than Atlas needs questions of its own; give --questions FILE."
-        )
-    if source == "simpleqa" and not Path(source).exists():
-        return load_questions(find_table(_SIMPLEQA))
-    return load_questions(QUESTIONS if source is None else source)
-
-
-def _load(
-    model: str | None, dtype: str | None, device: str | None, *, load_in_8bit: bool = False
-) -> HookedModel:
-    from fusion_lens.models import load_model
-
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    return load_model(model, dtype=dtype, device=device, load_in_8bit=load_in_8bit)
-
-
-def _dictionaries(given: list[str] | None, model: str | None) -> list[str]:
-    if given is None:
-        return ["atlas-crosscoder"] if model is None else []
-    return [] if given == ["none"] else given
-
-
-def _command() -> str:
-    """What was typed but for the storage, whose URL may hold a password anywhere."""
-    words = [Path(sys.argv[0]).name]
-    for before, word in pairwise(sys.argv):
-        option, equals, _ = word.partition("=")
-        if before == "--storage":
-            words.append("...")
-        elif option == "--storage" and equals:
-            words.append("--storage=...")
-        else:
-            words.append(word)
-    return shlex.join(words)
-
-
-def _require_writable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
 
 
 def _steered_text(model: HookedModel, file: Path, question: str | None, tuning: Any) -> Text:
@@ -705,14 +694,14 @@ def _tuned_text_of(
     from fusion_lens.teacher_forcing import Text
     from fusion_lens.tuning import tune as tune_question
 
-    (asked,) = select_questions(_questions(file, named), ids=(question_id,))
+    (asked,) = select_questions(open_questions(file, named), ids=(question_id,))
     with bars() as progress:
         tuned = tune_question(
             model,
             asked,
-            segments=_segments(segments),
+            segments=segments_of(segments),
             config=settings.experiment.tuning,
-            fluency=_fluency(settings, device),
+            fluency=open_fluency(settings, device),
             progress=progress,
         )
     if not tuned.plan.injected_norm:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import bootstrap
 
 from fusion_lens.statistics import CONFIDENCE
 
@@ -89,17 +88,11 @@ def matched(
     values = both(everyone)
     spread = np.full((len(levels), 2), np.nan)
     if len(names) > 1:
-        drawn = bootstrap(
-            (everyone,),
-            lambda sample: np.subtract(*both(sample)),
-            vectorized=False,
-            n_resamples=_RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).bootstrap_distribution
-        for i, row in enumerate(np.atleast_2d(drawn)):
-            reached = row[np.isfinite(row)]
-            if len(reached) >= (1 - _MOST_UNREACHED) * len(row):
+        samples = np.random.default_rng(seed).integers(0, len(names), (_RESAMPLES, len(names)))
+        drawn = np.array([np.subtract(*both(sample)) for sample in samples])
+        for i, own in enumerate(drawn.T):
+            reached = own[np.isfinite(own)]
+            if len(reached) >= (1 - _MOST_UNREACHED) * len(own):
                 tail = (1 - CONFIDENCE) / 2
                 spread[i] = np.quantile(reached, [tail, 1 - tail])
     return [

@@ -12,6 +12,7 @@ from conftest import strong_plan
 
 from fusion_lens import arms, cli
 from fusion_lens.arms import ARMS
+from fusion_lens.cli_inputs import typed_command
 from fusion_lens.models import load_model
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
@@ -254,7 +255,7 @@ def test_a_run_is_reported_again_and_compared_with_another(
 def test_the_command_is_kept_without_the_storage_however_it_is_given(monkeypatch, url) -> None:
     def kept(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["/bin/fusion-lens", "run", *arguments])
-        return cli._command()
+        return typed_command()
 
     assert kept("--storage", url, "--arms", "full") == "fusion-lens run --storage ... --arms full"
     assert kept(f"--storage={url}", "--out", "two words") == (

@@ -28,7 +28,9 @@ from fusion_lens.contrasts import (
 from fusion_lens.errors import ConfigError, ContrastError, InputFileError, OutputError
 
 PAIR = Pair("p", "Who wrote it?\n", "Ada", "Tom", "Ada", "fit", "books")
-EXAMPLE = Example("e", "source", "\nSo they say.", "Who?", "Ada", "fit", "books", "they say", "Whose?")
+EXAMPLE = Example(
+    "e", "source", "\nSo they say.", "Who?", "Ada", "fit", "books", "they say", "Whose?"
+)
 TEXT = st.text(min_size=1, max_size=6).filter(str.strip)
 OPTIONAL = {"subject": TEXT, "part": st.sampled_from(PARTS), "group": TEXT}
 # fields, not values: beartype draws the items it checks at random, which strategies must not

@@ -84,7 +84,7 @@ DOORS = {
     "transformer_lens": {"models"},
     "sae_lens": {"saes", "atlas.train_saes"},
     "optuna": {"search"},
-    "scipy": {"statistics", "controls", "fronts"},
+    "scipy": {"statistics", "controls"},
     "sklearn": {"methods.dsas"},
     "pandas": {"results"},
     "plotly": {
