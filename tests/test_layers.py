@@ -51,7 +51,10 @@ LAYERS = (
     },
     {"arms", "interventions", "behaviours"},
     {"transfer", "selection", "faithfulness", "tracing"},
-    {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots", "report_data"},
+    {
+        *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
+        *{"report_data", "method_plots"},
+    },
     {"run_plots"},
     {"plots"},
     {"protocols", "feature_report", "shelves", "report_page"},
@@ -89,7 +92,7 @@ DOORS = {
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
-        "report_page",
+        *{"report_page", "method_plots"},
     },
     "jinja2": {"report_page"},
     "rich": {"tables", "results", "cli"},

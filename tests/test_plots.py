@@ -31,6 +31,7 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.details import Marked, Trace
 from fusion_lens.faithfulness import Faithfulness, Gain
 from fusion_lens.logit_lens import Lens
+from fusion_lens.methods.austeer import consistent, unit_mask
 from fusion_lens.pictures import PAPER, Figure
 from fusion_lens.plots import (
     plot_coeffs,
@@ -38,6 +39,7 @@ from fusion_lens.plots import (
     plot_differences,
     plot_faithfulness,
     plot_front,
+    plot_gate,
     plot_generic_share,
     plot_importance,
     plot_layer_cosines,
@@ -52,6 +54,7 @@ from fusion_lens.plots import (
     plot_token_shifts,
     plot_tokens,
     plot_top_features,
+    plot_units,
     run_figures,
 )
 from fusion_lens.run_plots import ARM_COLOURS
@@ -135,6 +138,18 @@ def coefficients(names: tuple[str, ...]) -> Figure:
     return plot_coeffs(records, arms)
 
 
+def units(names: tuple[str, ...], k: int, *, told: bool = True) -> Figure:
+    found = consistent(list(many_deltas(names).values()))
+    return plot_units(unit_mask(found.ranking, k, (3, 8)), found if told else None)
+
+
+def gate(names: tuple[str, ...]) -> Figure:
+    """Of three layers, one closed, with the first token left alone."""
+    g = torch.linspace(0.0, 1.0, 3 * len(names)).view(3, len(names))
+    g[:, 0] = g[1] = torch.nan
+    return plot_gate(g, names, 2, title=names[-1])
+
+
 ONE, CROSS = ((0,), (1,), (2,)), ((0, 1), (2, 3))
 MAKERS: dict[str, Make] = {
     "delta_norms": lambda names: plot_delta_norms(many_deltas(names)),
@@ -168,6 +183,10 @@ MAKERS: dict[str, Make] = {
     "token_features": lambda names: plot_token_features(
         attribution(names, ONE), 5, labelled(names)
     ),
+    "units": lambda names: units(names, 5),
+    "units of all": lambda names: units(names, 24),
+    "units without momenta": lambda names: units(names, 5, told=False),
+    "gate": gate,
     "faithfulness_question": lambda _: plot_faithfulness(gains("question")),
 }
 SUMMARISING = {name for name in MAKERS if name not in ("tokens", "search")}
@@ -254,7 +273,9 @@ def test_title_subtitle_and_axes_say_what_is_shown(name: str, figures: dict[str,
         if axis is None or axis.visible is False or axis.showticklabels is False:
             continue
         own = [each for each in figure.figure.data if axis_of(each, key[0]) == key]
-        values = [value for each in own for value in getattr(each, key[0]) if value is not None]
+        # boxes may be given by their quantiles, without values
+        given = [each[key[0]] for each in own if each[key[0]] is not None]
+        values = [value for some in given for value in some if value is not None]
         named = axis.ticktext is not None and axis.type != "log"
         if any(isinstance(value, str) for value in values) or named:
             continue
@@ -288,7 +309,14 @@ def test_hostile_text_is_escaped_wherever_plotly_would_read_it(
         assert re.search(r"&(?!(amp|lt|gt|#36);)", value) is None, (at, value)
         assert "$" not in value, (at, value)
     # escaped, not dropped; one line's ids are of no use where nobody is named
-    if name.split("_")[0] not in ("faithfulness", "layer", "generic", "front", "logit"):
+    if re.split("[_ ]", name)[0] not in (
+        "faithfulness",
+        "layer",
+        "generic",
+        "front",
+        "logit",
+        "units",
+    ):
         assert "<script>" in found.replace("·", " ")
     for axis in (value for key, value in drawn["layout"].items() if key[1:].startswith("axis")):
         categories = axis.get("categoryarray")
