@@ -15,7 +15,6 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from fusion_lens.errors import ConfigError
-from fusion_lens.methods.austeer import Momenta
 from fusion_lens.pictures import (
     BELOW,
     LESS,
@@ -29,6 +28,7 @@ from fusion_lens.pictures import (
     styled,
     visible,
 )
+from fusion_lens.units import Momenta
 
 _MOST_MARKS = 2000
 _MOST_BINS = 96

@@ -25,7 +25,7 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ContrastError, one_of
 from fusion_lens.gate_values import gate_values
 from fusion_lens.methods.act_add import act_add
-from fusion_lens.methods.austeer import Momenta, austeer, consistent, momenta
+from fusion_lens.methods.austeer import austeer, momenta
 from fusion_lens.methods.caa import caa
 from fusion_lens.methods.control_vectors import control_vectors
 from fusion_lens.methods.dsas import FittedGate, constant_gate, fit_gate, gated
@@ -36,8 +36,8 @@ from fusion_lens.models import SITES, HookedModel, identify
 from fusion_lens.plans import Affine, Plan, make_plan
 from fusion_lens.prompts import NO_PROMPT
 from fusion_lens.site_activations import SiteActivations, record_at
-from fusion_lens.steps import unit_mask
 from fusion_lens.teacher_forcing import Text
+from fusion_lens.units import Momenta, consistent, unit_mask
 
 GATES = ("dsas", "permuted", "constant")
 FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fusion_lens.deltas import Deltas
@@ -249,27 +249,6 @@ class Affine:
 
 
 AnyStep = Step | Affine
-
-
-def unit_mask(
-    ranking: Int[Tensor, "unit 2"], k: int, shape: tuple[int, int]
-) -> Bool[Tensor, "layer width"]:
-    """The first `k` of (layer, dimension) places, as a mask of `shape`.
-
-    Raises:
-        PlanError: if there are fewer of them, or one lies outside the shape.
-    """
-    if not 1 <= k <= len(ranking):
-        raise PlanError(f"1 <= k <= {len(ranking)} units must hold, but got {k}.")
-    layers, dimensions = ranking[:k].unbind(dim=1)
-    beyond = (layers >= shape[0]) | (dimensions >= shape[1]) | (ranking[:k] < 0).any(dim=1)
-    if bool(beyond.any()):
-        raise PlanError(
-            f"units must lie within {shape}, but got {ranking[:k][beyond][0].tolist()}."
-        )
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask[layers, dimensions] = True
-    return mask
 
 
 def _active(layers: Bool[Tensor, " layer"], gate: Gate | None) -> Bool[Tensor, " layer"]:

@@ -27,8 +27,8 @@ from fusion_lens.progress import Progress, shown
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
 from fusion_lens.search import Parameter, Search, SearchConfig, Tuned, export_study
-from fusion_lens.steps import unit_mask
 from fusion_lens.tables import Section, Shows
+from fusion_lens.units import unit_mask
 
 
 @dataclass(frozen=True, slots=True)

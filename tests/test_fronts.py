@@ -70,11 +70,11 @@ def test_subjects_are_drawn_whole() -> None:
     a, b = sweep_of(effect, [hits]), sweep_of(effect, [[0.5] * 120])
     together = [f"s{n // 10}" for n in range(120)]
     apart = [f"s{n}" for n in range(120)]
-    wide = matched(a, b, ["x"] * 120, together, (1.0,))[0]
-    narrow = matched(a, b, ["x"] * 120, apart, (1.0,))[0]
+    wide = matched(a, b, together, together, (1.0,))[0]
+    narrow = matched(a, b, apart, apart, (1.0,))[0]
     assert wide.diff == narrow.diff
     assert (wide.high - wide.low) > 2 * (narrow.high - narrow.low)
-    assert matched(a, b, ["x"] * 120, together, (1.0,)) == [wide]
+    assert matched(a, b, together, together, (1.0,)) == [wide]
 
 
 def test_one_subject_has_no_interval() -> None:

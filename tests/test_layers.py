@@ -28,7 +28,7 @@ LAYERS = (
     {"executors", "sae_files", "crosscoder_files"},
     {"activations", "saes"},
     {"deltas"},
-    {"steps"},
+    {"steps", "units"},
     {"plans", "controls", "perplexity"},
     {"moves"},
     {"plan_files", "hooks", "decoding"},

@@ -8,8 +8,8 @@ from torch import Tensor
 from fusion_lens.controls import with_vectors
 from fusion_lens.errors import ConfigError
 from fusion_lens.method_plots import plot_gate, plot_units
-from fusion_lens.methods.austeer import Momenta, consistent, unit_mask
 from fusion_lens.models import HookedModel
+from fusion_lens.units import Momenta, consistent, unit_mask
 
 NAN = float("nan")
 

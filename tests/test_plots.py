@@ -31,7 +31,6 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.details import Marked, Trace
 from fusion_lens.faithfulness import Faithfulness, Gain
 from fusion_lens.logit_lens import Lens
-from fusion_lens.methods.austeer import consistent, unit_mask
 from fusion_lens.pictures import PAPER, Figure
 from fusion_lens.plots import (
     plot_coeffs,
@@ -58,6 +57,7 @@ from fusion_lens.plots import (
     run_figures,
 )
 from fusion_lens.run_plots import ARM_COLOURS
+from fusion_lens.units import consistent, unit_mask
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -15,7 +15,6 @@ from fusion_lens.errors import ConfigError, PlanError
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step, make_plan, thirds
 from fusion_lens.prompts import Layout
-from fusion_lens.steps import unit_mask
 
 
 def test_units_are_a_part_of_the_shift(tiny: HookedModel) -> None:
@@ -224,14 +223,3 @@ def test_steps_of_two_models_make_no_plan(tiny: HookedModel) -> None:
     other = replace(step, model=replace(step.model, weights="other"))
     with pytest.raises(PlanError, match="all steps of a plan must belong to one model, but it was"):
         Plan((step, other))
-
-
-def test_a_mask_holds_the_first_units_of_a_ranking() -> None:
-    ranking = torch.tensor([[1, 2], [0, 0], [1, 0]])
-    assert unit_mask(ranking, 2, (2, 3)).tolist() == [[True, False, False], [False, False, True]]
-    for k in (0, 4):
-        with pytest.raises(PlanError, match=rf"1 <= k <= 3 units must hold, but got {k}"):
-            unit_mask(ranking, k, (2, 3))
-    with pytest.raises(PlanError, match=r"units must lie within \(2, 2\), but got \[1, 2\]"):
-        unit_mask(ranking, 1, (2, 2))
-    assert unit_mask(ranking[1:], 1, (2, 2)).tolist() == [[True, False], [False, False]]

@@ -7,29 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import deltas_of
 from fitted import check_plan
 from kinds import SITES
 from torch import Tensor
 
 from fusion_lens.contrast_texts import pair_texts
 from fusion_lens.contrasts import Pair
-from fusion_lens.controls import with_vectors
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError
-from fusion_lens.methods.austeer import (
-    ALPHA_HIGH,
-    ALPHA_LOW,
-    Momenta,
-    austeer,
-    consistent,
-    momenta,
-    random_ranking,
-    ranking_by_mean,
-    unit_mask,
-)
+from fusion_lens.methods.austeer import ALPHA_HIGH, ALPHA_LOW, austeer, momenta
 from fusion_lens.models import HookedModel, identify
-from fusion_lens.plans import Affine, make_plan
+from fusion_lens.plans import Affine
 from fusion_lens.site_activations import SiteActivations, record_at
+from fusion_lens.units import Momenta, ranking_by_mean
 
 PAIRS = [
     Pair("a", "Who wrote the red book?", "\nAda Lovelace", "\nTom Harris"),
@@ -81,31 +70,6 @@ def test_momenta_are_shares_of_pairs_and_zeros_count_for_neither(tiny: HookedMod
     assert found.score[2, 9] == 0.5
     assert float(found.score.sum()) == 4.5
     assert found.n == 4
-
-
-def test_units_are_ranked_by_score_then_layer_then_dimension(tiny: HookedModel) -> None:
-    ranking = toy(tiny, TOY).ranking
-    head = [[1, 2], [1, 5], [3, 7], [0, 0], [2, 3], [2, 9], [0, 1], [0, 2]]
-    assert ranking[:8].tolist() == head
-    assert ranking[-1].tolist() == [3, 31]
-    assert len({tuple(place) for place in ranking.tolist()}) == 4 * 32
-
-
-def test_controls_rank_all_units_by_mean_difference_or_by_chance(tiny: HookedModel) -> None:
-    found = toy(tiny, TOY)
-    assert ranking_by_mean(found)[:4].tolist() == [[1, 5], [3, 7], [2, 9], [1, 2]]
-    one, same, other = (random_ranking(found, seed) for seed in (0, 0, 1))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-    for ranking in (one, other, ranking_by_mean(found)):
-        assert {tuple(place) for place in ranking.tolist()} == set(np.ndindex(4, 32))
-
-
-def test_the_first_k_units_of_a_ranking_are_the_mask(tiny: HookedModel) -> None:
-    ranking = toy(tiny, TOY).ranking
-    mask = unit_mask(ranking, 3, (4, 32))
-    assert mask.nonzero().tolist() == [[1, 2], [1, 5], [3, 7]]
-    assert bool(unit_mask(ranking, 128, (4, 32)).all())
 
 
 def test_a_kept_unit_is_scaled_by_the_larger_share_with_its_sign(tiny: HookedModel) -> None:
@@ -164,39 +128,6 @@ def test_the_plan_keeps_what_plans_keep(tiny: HookedModel, site: str, tmp_path: 
     assert (ALPHA_LOW, ALPHA_HIGH) == (1.0, 100.0)
 
 
-def test_counts_add_up_and_a_question_is_taken_away_again(tiny: HookedModel) -> None:
-    base = deltas_of(tiny)
-    generator = torch.Generator().manual_seed(0)
-    many = [
-        with_vectors(base, torch.randn(base.vectors.shape, generator=generator)) for _ in range(7)
-    ]
-    everyone = consistent(many)
-    for i, own in enumerate(many):
-        others = consistent(many[:i] + many[i + 1 :])
-        left = everyone - consistent([own])
-        assert left.n == 6
-        assert torch.equal(left.n_positive, others.n_positive)
-        assert torch.equal(left.n_negative, others.n_negative)
-        assert torch.equal(left.ranking, others.ranking)
-        torch.testing.assert_close(left.mean, others.mean)
-    halves = consistent(many[:3]) + consistent(many[3:])
-    assert torch.equal(halves.n_positive, everyone.n_positive)
-    assert halves.n == 7
-
-
-def test_what_others_agree_on_is_a_mask_of_a_step(tiny: HookedModel) -> None:
-    base = deltas_of(tiny)
-    signs = torch.ones(5, 4, 32)
-    signs[0, :, ::2] = -1.0
-    others = [with_vectors(base, base.vectors.abs() * own) for own in signs]
-    found = consistent(others)
-    assert (found.site, found.model) == ("resid_post", identify(tiny))
-    mask = unit_mask(found.ranking, 4 * 16, (4, 32))
-    assert bool(mask[:, 1::2].all())
-    plan = make_plan(base, 1.0, units=mask)
-    assert torch.equal(plan.shift_at("completion"), base.vectors * mask)
-
-
 REFUSED: dict[str, tuple[Callable[[HookedModel], object], type[Exception], str]] = {
     "one pair": (
         lambda m: momenta(*(some_rows(side, 1) for side in recorded(m, "resid_post"))),
@@ -213,34 +144,8 @@ REFUSED: dict[str, tuple[Callable[[HookedModel], object], type[Exception], str]]
         ActivationError,
         "must be of one site, but got mlp_out of 32 and resid_post",
     ),
-    "no deltas": (lambda m: consistent([]), ContrastError, "at least one question's deltas"),
-    "one question": (
-        lambda m: consistent([deltas_of(m)]).ranking,
-        ContrastError,
-        "must be of at least 2 pairs to be compared, but are of 1",
-    ),
-    "stranger": (
-        lambda m: toy(m, {}) - consistent([deltas_of(m)]),
-        ContrastError,
-        "counts must be in 0 to 3.*take away only pairs that were counted in",
-    ),
-    "other site": (
-        lambda m: toy(m, {}) + momenta(*recorded(m, "mlp_out")),
-        ActivationError,
-        "must be of one site, but got resid_post and mlp_out",
-    ),
-    "other model": (
-        lambda m: toy(m, {}) + replace(toy(m, {}), model=replace(identify(m), weights="0" * 64)),
-        ActivationError,
-        "momenta must come from one model, but it was made on",
-    ),
     "no unit": (lambda m: austeer(toy(m, {}), 0), ConfigError, "1 <= k <= 128.* but got 0"),
     "too many": (lambda m: austeer(toy(m, {}), 129), ConfigError, "1 <= k <= 128.* but got 129"),
-    "other ranking": (
-        lambda m: austeer(toy(m, {}), 3, ranking=toy(m, {}).ranking[:64]),
-        ConfigError,
-        "all 128 units of 4 layers of 32, but is of 64",
-    ),
     "positions": (
         lambda m: austeer(toy(m, {}), 3, positions="last"),
         ConfigError,
