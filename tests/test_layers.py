@@ -50,6 +50,8 @@ LAYERS = (
         *{"methods.austeer", "methods.linear_act", "methods.prompting"},
     },
     {"arms", "interventions", "behaviours"},
+    {"method_suite"},
+    {"method_bench"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {
         *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
@@ -58,13 +60,18 @@ LAYERS = (
     {"run_plots"},
     {"plots"},
     {"protocols", "feature_report", "shelves", "report_page"},
-    {"cli_options"},
+    {"cli_options", "cli_inputs"},
     {"cli"},
 )
 LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
 
 # the package that made the bundled model: who may import what of it, and what it may import
-ATLAS_USERS = {"shelves": {"atlas"}, "models": {"atlas"}, "cli": {"atlas", "atlas.questions"}}
+ATLAS_USERS = {
+    "shelves": {"atlas"},
+    "models": {"atlas"},
+    "cli": {"atlas", "atlas.questions"},
+    "cli_inputs": {"atlas"},
+}
 ATLAS_KNOWS = {"errors", "scores", "questions", "contrasts"}
 # its dictionaries are made and judged on the hook points
 DICTIONARY_MAKERS = {
