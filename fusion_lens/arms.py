@@ -8,8 +8,11 @@
 | `full`, `segmented` | the method: one coefficient, or one per segment |
 | `generic`, `mismatched`, `random` | segmented, with the vectors of `controls` |
 | `unembed` | the last segment alone, towards the gold tokens' unembedding |
+| `masked` | segmented, in the k units that other questions' deltas move most alike; k is sought |
+| `gated` | segmented, weighed token by token by a gate that was fitted on other questions |
 
-Tuned arms differ in vectors and segments only: same prompt, decoding, trials and search space.
+The last two are run where they are asked for. Tuned arms differ in vectors, segments, units and
+gate only: same prompt, decoding, trials and search space.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from fusion_lens.generation import check_context, generate
 from fusion_lens.graders import Graded
 from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
-from fusion_lens.plans import Plan, Segment
+from fusion_lens.plans import Gate, Plan, Segment
 from fusion_lens.preparation import Prepared, TuningConfig, seed_of
 from fusion_lens.progress import Progress
 from fusion_lens.prompts import Prompt, answer_prefix, baseline_prompt, question_prompt
@@ -36,10 +39,18 @@ from fusion_lens.tuning import Job, TunedPlan, tune_jobs
 
 
 class Tunable(NamedTuple):
-    """What a tuned arm is: whose vectors, on which division of the layers."""
+    """What a tuned arm is: whose vectors, on which division of the layers, in which units and on
+    which tokens."""
 
     vectors: str
     segments: str
+    masked: bool = False
+    gated: bool = False
+
+    @property
+    def lends(self) -> bool:
+        """Whether other questions have a part in it."""
+        return self.vectors != "own" or self.masked
 
 
 UNTUNED = ("baseline", "best_of_n", "answer_in_prompt")
@@ -50,8 +61,11 @@ TUNED = {
     "mismatched": Tunable("mismatched", "segmented"),
     "random": Tunable("random", "segmented"),
     "unembed": Tunable("unembed", "last"),
+    "masked": Tunable("own", "segmented", masked=True),
+    "gated": Tunable("own", "segmented", gated=True),
 }
 ARMS = (*UNTUNED, *TUNED)
+DEFAULT_ARMS = tuple(arm for arm in ARMS if arm not in ("masked", "gated"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,7 @@ class Chosen:
 @dataclass(frozen=True, slots=True)
 class Bench:
     """What every arm works with. `prefix_room` is the cache that prompts with the answer before
-    them need beyond the run's."""
+    them need beyond the run's; `gate` is that of the gated arm."""
 
     model: HookedModel
     config: TuningConfig
@@ -86,6 +100,7 @@ class Bench:
     score: Scorer
     log: EngineLog
     prefix_room: int = 0
+    gate: Gate | None = None
 
     def write(
         self, rows: Sequence[Row], *, sampled: bool = False, prefixed: bool = False
@@ -139,8 +154,8 @@ def choose(
 ) -> tuple[list[Chosen], bool]:
     """Every arm's choice for every question, and whether an interrupt ended the searches early.
 
-    An arm whose vectors nobody can lend, or whose prompt does not fit the context, chooses nothing
-    for that question.
+    An arm whose vectors or mask nobody can lend, or whose prompt does not fit the context, chooses
+    nothing for that question.
     """
     chosen: list[Chosen] = []
     if prepared and {"baseline", "best_of_n"}.intersection(arms):
@@ -165,10 +180,9 @@ def choose(
     jobs = []
     for item in prepared:
         for arm in arms:
-            if arm in TUNED:
-                deltas = bench.lenders.lend(TUNED[arm].vectors, item)
-                if deltas is not None:
-                    jobs.append(Job(item, segments[TUNED[arm].segments], arm, deltas))
+            job = _job(bench, item, arm, segments) if arm in TUNED else None
+            if job is not None:
+                jobs.append(job)
     tuned, interrupted = tune_jobs(
         bench.model, jobs, bench.config, score=bench.score, progress=progress, log=bench.log
     )
@@ -234,6 +248,18 @@ def _told(bench: Bench, prepared: Sequence[Prepared]) -> list[Chosen]:
         Chosen(item, "answer_in_prompt", each, seconds, prefix=prefix_of(item))
         for (item, _), each in zip(fitting, graded, strict=True)
     ]
+
+
+def _job(
+    bench: Bench, item: Prepared, arm: str, segments: Mapping[str, tuple[Segment, ...]]
+) -> Job | None:
+    kind = TUNED[arm]
+    deltas = bench.lenders.lend(kind.vectors, item)
+    ranking = bench.lenders.ranking(item) if kind.masked else None
+    if deltas is None or (kind.masked and ranking is None):
+        return None
+    gate = bench.gate if kind.gated else None
+    return Job(item, segments[kind.segments], arm, deltas, ranking, gate)
 
 
 def _timed(

@@ -54,6 +54,8 @@ app = typer.Typer(
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
 
+_GATE_QUESTIONS = 100
+
 # typer has a copy of click of its own or uses the installed one, depending on its version
 _ClickException: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
@@ -117,7 +119,8 @@ def run(
         str | None,
         typer.Option(
             help="Comma-separated. [default: baseline,best_of_n,answer_in_prompt,full,segmented,"
-            "generic,mismatched,random,unembed; paper: baseline,full,segmented]"
+            "generic,mismatched,random,unembed; paper: baseline,full,segmented] There are also "
+            "masked, and gated by what is learned on questions of other splits.",
         ),
     ] = None,
     centre: Annotated[
@@ -157,6 +160,7 @@ def run(
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.pictures import write_figures
     from fusion_lens.progress import bars
+    from fusion_lens.question_gates import fit_question_gate
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.report_page import html_report
@@ -229,6 +233,10 @@ def run(
                     f"at least one question must be failed, but of {selected.asked} that were "
                     f"asked the model is right on {selected.right} and none is selected."
                 )
+        gate = None
+        if "gated" in config.arms:
+            others = [question for question in available if question.split not in splits]
+            gate = fit_question_gate(opened, others[:_GATE_QUESTIONS], tuning)
         results = run_experiment(
             opened,
             chosen,
@@ -239,6 +247,7 @@ def run(
             judge=judging,
             fluency=fluency,
             explain=explainer(opened, shelved) if shelved else None,
+            gate=gate,
             source=source,
             command=typed_command(),
             progress=progress,

@@ -17,13 +17,23 @@ from typing import Any
 import torch
 
 from fusion_lens.activations import padded_length
-from fusion_lens.arms import ARMS, TUNED, Bench, Chosen, choose, most_rows, prefix_of_question
+from fusion_lens.arms import (
+    ARMS,
+    DEFAULT_ARMS,
+    TUNED,
+    Bench,
+    Chosen,
+    choose,
+    most_rows,
+    prefix_of_question,
+)
 from fusion_lens.details import Detail, append_details
 from fusion_lens.divergence import n_counted, unrelated_texts
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError, one_of
 from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
 from fusion_lens.lenders import Lenders
+from fusion_lens.methods.dsas import FittedGate
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import save_plan
@@ -67,7 +77,7 @@ class ExperimentConfig:
     gets every finished study, named `<question id>/<arm>`.
     """
 
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = DEFAULT_ARMS
     segments: str | int = "thirds"
     tuning: TuningConfig = field(default_factory=TuningConfig)
     centre: bool = False
@@ -83,10 +93,10 @@ class ExperimentConfig:
             one_of("arms", arm, ARMS)
         if self.block_size < 1:
             raise ConfigError(f"block_size must be at least 1, but got {self.block_size}.")
-        lent = [arm for arm in self.arms if arm in TUNED and TUNED[arm].vectors != "own"]
-        if self.tuning.mean != "question" and (lent or self.centre):
+        constant = [arm for arm in self.tuned_arms if TUNED[arm].lends or TUNED[arm].gated]
+        if self.tuning.mean != "question" and (constant or self.centre):
             raise ConfigError(
-                f"{lent[0] if lent else 'centre'} needs a constant shift, mean='question', "
+                f"{constant[0] if constant else 'centre'} needs a constant shift, mean='question', "
                 f"but got mean={self.tuning.mean!r}; leave it out."
             )
 
@@ -99,7 +109,7 @@ class ExperimentConfig:
     @property
     def lends(self) -> bool:
         """Whether questions other than those that are run have to lend their deltas."""
-        return self.centre or any(TUNED[arm].vectors != "own" for arm in self.tuned_arms)
+        return self.centre or any(TUNED[arm].lends for arm in self.tuned_arms)
 
     @property
     def tuned_arms(self) -> list[str]:
@@ -118,6 +128,7 @@ def run(
     judge: Judge | None = None,
     fluency: PerplexityModel | None = None,
     explain: Explain | None = None,
+    gate: FittedGate | None = None,
     source: Mapping[str, Any] | None = None,
     command: str | None = None,
     progress: Progress | bool = True,
@@ -128,7 +139,8 @@ def run(
     come from it, so that another selection gives the same numbers. `donors` lend their deltas to
     control arms: all questions of the split. Without them both are `questions`. `judge` labels
     what every arm chose (None: by spelling and value). `fluency` measures perplexity (None: the
-    unsteered model itself). `explain` tells the features of a plan (`shelves.explainer`). `source`
+    unsteered model itself). `explain` tells the features of a plan (`shelves.explainer`). `gate` is
+    that of the gated arm, fitted on other questions (`question_gates`). `source`
     tells where the questions are from and `command` what was typed, for the provenance. `progress`
     as in `tune`.
 
@@ -136,8 +148,8 @@ def run(
     the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
 
     Raises:
-        ConfigError: if there is no question, two share an id, or the metrics are the published ones
-            and there is no `fluency`.
+        ConfigError: if there is no question, two share an id, the metrics are the published ones
+            and there is no `fluency`, or the gated arm has no gate that fits.
         PlanError: if the model has fewer layers than segments.
         InputFileError: if the unrelated text cannot be read or is too short.
         OutputError: if `out` cannot be written.
@@ -150,6 +162,7 @@ def run(
     if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
     identity = identify(model)
+    _check_gate(gate, identity, config)
     segments = _segments(config, identity.n_layers)
     if config.storage is not None:
         check_storage(
@@ -185,6 +198,7 @@ def run(
                     score,
                     log,
                     prefix_room=room,
+                    gate=None if gate is None else gate.gate,
                 )
                 block = [q.id for q in questions[start : start + config.block_size]]
                 told = _within(show, done=start, of=len(questions), config=config)
@@ -201,7 +215,7 @@ def run(
     seed = config.tuning.search.seed
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "provenance": asdict(_provenance(identity, config, questions, fluency, command)),
+        "provenance": asdict(_provenance(identity, config, questions, fluency, gate, command)),
         "questions": {"n": len(questions), **(source or {})},
         "arms": summarise_arms(kept.records, config.arms, kept.n_prepared, seed),
         "comparisons": [asdict(each) for each in compare_arms(kept.records, config.arms, seed)],
@@ -398,6 +412,7 @@ def _provenance(
     config: ExperimentConfig,
     questions: Sequence[Question],
     fluency: PerplexityModel | None,
+    gate: FittedGate | None,
     command: str | None,
 ) -> Provenance:
     return Provenance.of(
@@ -406,9 +421,28 @@ def _provenance(
         seed=config.tuning.search.seed,
         questions_sha256=questions_digest(questions),
         settings=_settings(config)
-        | {"perplexity_model": None if fluency is None else fluency.name},
+        | {
+            "perplexity_model": None if fluency is None else fluency.name,
+            "gate": None if gate is None else gate.to_dict(),
+        },
         threads=torch.get_num_threads(),
     )
+
+
+def _check_gate(gate: FittedGate | None, model: ModelIdentity, config: ExperimentConfig) -> None:
+    if gate is None:
+        needing = [arm for arm in config.tuned_arms if TUNED[arm].gated]
+        if needing:
+            raise ConfigError(
+                f"the arm {needing[0]!r} must be given a gate that was fitted on other questions, "
+                "but got none; see question_gates.fit_question_gate."
+            )
+        return
+    reason = gate.model.mismatch(model)
+    if reason is not None:
+        raise ConfigError(f"a gate must be of the model that is run, but {reason}.")
+    if gate.site != "resid_post":
+        raise ConfigError(f"the gated arm needs a gate at resid_post, but got {gate.site}.")
 
 
 def _failure(failure: Failure) -> dict[str, str | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.controls import (
@@ -32,6 +32,7 @@ from fusion_lens.preparation import Failure, Prepared, TuningConfig, prepare, se
 from fusion_lens.progress import Progress
 from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
+from fusion_lens.units import LEAST, Momenta, consistent
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class Lenders:
     failures: dict[str, Failure] = field(default_factory=dict)
     generic: GenericDelta = field(default_factory=GenericDelta)
     centre: bool = False
+    _momenta: Momenta | None = None
     _able: list[Question] = field(default_factory=list)
     _donors: dict[str, Donor] | None = None
     _folder: tempfile.TemporaryDirectory[str] = field(
@@ -87,6 +89,8 @@ class Lenders:
                 self.prepared[name] = replace(item, deltas=deltas)
                 if name in lending:
                     self.generic.add(name, deltas)
+                    own = consistent([deltas])
+                    self._momenta = own if self._momenta is None else self._momenta + own
             if progress is not None:
                 progress("preparing", min(start + block_size, len(ordered)), len(ordered))
         self._able = [q for q in ordered if q.id in lending and q.id in self.prepared]
@@ -121,6 +125,14 @@ class Lenders:
         assert kind == "unembed", kind
         gold = tokenize(self.model, f" {to.question.answer}", prepend_bos=False)
         return towards_unembedding(self.model, own, gold.tokens)
+
+    def ranking(self, to: Prepared) -> Int[Tensor, "unit 2"] | None:
+        """Units by how much alike the other questions' deltas move them (`units`), their own means
+        included where the run is centred; None where there are fewer than two."""
+        momenta, name = self._momenta, to.question.id
+        if momenta is not None and name in self.generic.of:
+            momenta = momenta - consistent([self.prepared[name].deltas])
+        return None if momenta is None or momenta.n < LEAST else momenta.ranking
 
     def share(self, of: Prepared) -> Float[Tensor, " layer"] | None:
         """See `controls.generic_share`; None where there is no other question."""

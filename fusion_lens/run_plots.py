@@ -31,6 +31,8 @@ ARM_COLOURS = {
     "mismatched": "#b8558a",
     "random": "#8a7d00",
     "unembed": "#009e73",
+    "masked": "#5b7f95",
+    "gated": "#a35d4a",
 }
 _OTHER = "#757575"
 _SCORES = {

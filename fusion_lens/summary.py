@@ -48,7 +48,7 @@ COMPARED = (
     "neighbours_kept",
     "kl_unrelated",
 )
-AGAINST = ("generic", "mismatched", "random", "best_of_n", "full", "unembed")
+AGAINST = ("generic", "mismatched", "random", "best_of_n", "full", "unembed", "masked", "gated")
 _BINARY = ("exact_match", "contained_match", "correct", "accurate")
 _SHARES = (*_BINARY, "transfer_exact_match", "neighbours_kept")
 _GROUPS = ("topic", "answer_type")

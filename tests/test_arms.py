@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusion_lens.arms import ARMS, TUNED, Bench, choose, prefix_of
+from fusion_lens.arms import DEFAULT_ARMS as ARMS
+from fusion_lens.arms import TUNED, Bench, choose, prefix_of
 from fusion_lens.decoding import Row
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.generation import GenerationConfig, generate

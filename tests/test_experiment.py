@@ -4,9 +4,12 @@ import dataclasses
 import gc
 import json
 import math
+from dataclasses import replace
+from typing import Any
 
 import optuna
 import pytest
+from kinds import gate_of
 
 import fusion_lens.experiment as experiment
 from fusion_lens import arms
@@ -15,7 +18,10 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.errors import ConfigError, OutputError, PlanError, SearchError
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
+from fusion_lens.methods.dsas import FittedGate
+from fusion_lens.models import HookedModel, identify, load_model
 from fusion_lens.plan_files import load_plan
+from fusion_lens.plans import Step
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt
 from fusion_lens.questions import Question, load_questions, select_questions
@@ -134,9 +140,9 @@ def test_another_selection_of_a_file_gives_the_same_numbers_to_the_last_bit(tiny
     some = run(tiny, QUESTIONS[1:2], config, pool=QUESTIONS)
     assert comparable(some.records) == comparable(results.records)[3:6]
     generation = some.summary["provenance"]["settings"]["tuning"]["generation"]
-    # 3 trials a round under each of six arms for every question of the file, in eights, whatever
+    # 3 trials a round under each of eight arms for every question of the file, in eights, whatever
     # arms are run
-    assert (generation["slots"], generation["cache_length"]) == (56, 40)
+    assert (generation["slots"], generation["cache_length"]) == (72, 40)
 
 
 def lines_without_times(folder) -> list[str]:
@@ -355,3 +361,52 @@ def test_bad_settings_are_refused(tiny, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="must be writable"):
         run(tiny, QUESTIONS, ExperimentConfig(arms=THREE, tuning=QUICK), out=tmp_path / "file")
+
+
+def gate_for(model: HookedModel, **changed: Any) -> FittedGate:
+    gate = gate_of(model, "resid_post")
+    made = FittedGate(gate, "resid_post", identify(model), 12, 9, (0.9,) * 4, (1.0,) * 4)
+    return replace(made, **changed)
+
+
+def test_masked_and_gated_arms_are_run_where_they_are_asked_for(tiny, tmp_path) -> None:
+    config = ExperimentConfig(arms=("segmented", "masked", "gated"), tuning=QUICK, reach=False)
+    results = run(tiny, QUESTIONS, config, gate=gate_for(tiny), out=tmp_path / "run")
+    assert [r.arm for r in results.records] == ["segmented", "masked", "gated"] * 3
+    for record in results.records:
+        (step,) = load_plan(plan_path(tmp_path / "run", record.question_id, record.arm)).steps
+        assert isinstance(step, Step)
+        assert (step.gate is not None) == (record.arm == "gated")
+        assert (step.units is not None) == (record.arm == "masked")
+        if record.arm == "masked":
+            assert step.units is not None
+            assert record.extra == {"k": int(step.units.sum())}
+        else:
+            assert record.extra == {}
+    told = results.summary["provenance"]["settings"]["gate"]
+    assert told["open"] == [True, False, True, True]
+    assert (told["n_source"], told["accuracy"]) == (12, [0.9] * 4)
+    assert load_results(tmp_path / "run").records == results.records
+    kinds = {each["b"] for each in results.summary["comparisons"]}
+    assert {"masked", "gated"} <= kinds
+
+
+def test_the_gated_arm_needs_a_gate_that_fits(tiny, other_folder) -> None:
+    config = ExperimentConfig(arms=("gated",), tuning=QUICK, reach=False)
+    for gate, says in (
+        (None, "'gated' must be given a gate that was fitted on other questions"),
+        (gate_for(load_model(other_folder)), "must be of the model that is run"),
+        (gate_for(tiny, site="mlp_out"), "needs a gate at resid_post, but got mlp_out"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            run(tiny, QUESTIONS, config, gate=gate)
+    for arm in ("masked", "gated"):
+        with pytest.raises(ConfigError, match=f"{arm} needs a constant shift"):
+            ExperimentConfig(arms=(arm,), tuning=replace(QUICK, mean="sequence"))
+
+
+def test_alone_in_its_file_a_question_has_no_mask(tiny) -> None:
+    config = ExperimentConfig(arms=("segmented", "masked"), tuning=QUICK, reach=False)
+    results = run(tiny, QUESTIONS[:2], config)
+    assert [r.arm for r in results.records] == ["segmented"] * 2
+    assert results.summary["arms"]["masked"]["unscored"] == 2

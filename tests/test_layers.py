@@ -49,7 +49,7 @@ LAYERS = (
         *{"methods.dsas"},
         *{"methods.austeer", "methods.linear_act", "methods.prompting"},
     },
-    {"arms", "interventions", "behaviours"},
+    {"arms", "interventions", "behaviours", "question_gates"},
     {"method_suite"},
     {"method_bench"},
     {"transfer", "selection", "faithfulness", "tracing"},

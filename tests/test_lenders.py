@@ -15,6 +15,7 @@ from fusion_lens.models import HookedModel
 from fusion_lens.preparation import TuningConfig, prepare, seed_of
 from fusion_lens.prompts import tokenize
 from fusion_lens.questions import Question
+from fusion_lens.units import consistent
 
 CONFIG = TuningConfig(
     generation=GenerationConfig(max_new_tokens=8, slots=8, cache_length=64), explanation_tokens=4
@@ -139,3 +140,13 @@ def test_the_means_lie_in_a_file_that_goes_with_the_run(tiny: HookedModel) -> No
         # three questions, then one: two means of 4 layers and 32 dimensions in float32
         assert sizes == [3 * 2 * 4 * 32 * 4, 2 * 4 * 32 * 4]
     assert not folder.exists()
+
+
+def test_a_ranking_counts_every_question_but_the_ones_own(lenders) -> None:
+    everyone = [item.deltas for item in lenders.prepared.values()]
+    for name, item in lenders.prepared.items():
+        others = [own.deltas for other, own in lenders.prepared.items() if other != name]
+        assert len(others) == len(everyone) - 1 >= 2
+        assert torch.equal(lenders.ranking(item), consistent(others).ranking)
+    rankings = [lenders.ranking(item) for item in lenders.prepared.values()]
+    assert not torch.equal(rankings[0], rankings[1])

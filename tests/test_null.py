@@ -40,6 +40,8 @@ def bench_of(model: HookedModel, config: TuningConfig, lenders: Lenders) -> Benc
     return Bench(model, config, lenders, Scorer(model, config, log=log), log)
 
 
+# vectors that are no deltas, and a mask that is counted as deltas are gathered
+ELSEWHERE = {"unembed", "masked"}
 SEGMENTS = {"full": full(6), "segmented": thirds(6), "last": thirds(6)[-1:]}
 
 
@@ -52,7 +54,7 @@ def test_zero_deltas_give_the_baselines_completions_token_for_token(atlas: Hooke
             lenders.prepared[name] = replace(item, deltas=item.deltas - item.deltas)
         lenders.generic.total *= 0.0
         items = list(lenders.prepared.values())
-        arms = ("baseline", *(arm for arm in TUNED if arm != "unembed"))
+        arms = ("baseline", *(arm for arm in TUNED if arm not in ELSEWHERE))
         made, _ = choose(bench_of(atlas, config, lenders), items, arms, SEGMENTS)
     base = {
         each.prepared.question.id: each.graded.completion.tokens
@@ -60,7 +62,7 @@ def test_zero_deltas_give_the_baselines_completions_token_for_token(atlas: Hooke
         if each.arm == "baseline"
     }
     tuned = [each for each in made if each.tuned is not None]
-    assert {each.arm for each in tuned} == set(TUNED) - {"unembed"}
+    assert {each.arm for each in tuned} == set(TUNED) - ELSEWHERE
     assert len(tuned) > 40
     for each in tuned:
         for trial in each.tuned.tuned.trials:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,17 @@ class FittedGate(Shows):
     n_control: int
     accuracy: tuple[float, ...]
     training_accuracy: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it is, without its tensors, for the record of a run."""
+        return {
+            "kind": self.gate.kind,
+            "site": self.site,
+            "n_source": self.n_source,
+            "n_control": self.n_control,
+            "accuracy": list(self.accuracy),
+            "open": self.gate.open.tolist(),
+        }
 
     def table(self) -> Section:
         """Every layer, and whether it is open."""
