@@ -76,6 +76,7 @@ AT_A_SITE: dict[str, Callable[[HookedModel, str], Affine]] = {
     "relu": lambda model, site: affine_of(model, site, gate=gate_of(model, site, "relu")),
     "prompt": lambda model, site: affine_of(model, site, positions="prompt"),
     "completion": lambda model, site: affine_of(model, site, positions="completion"),
+    "token": lambda model, site: affine_of(model, site, positions=3),
     "special": lambda model, site: affine_of(model, site, steer_special=True),
     "one_layer": lambda model, site: affine_of(
         model, site, segments=(Segment("one", 1, 2),), coeffs=(1.0,)
@@ -93,6 +94,9 @@ OTHERS: dict[str, Callable[[HookedModel], Plan]] = {
     "gated_relu": lambda model: Plan((step_of(model, gate=gate_of(model, "resid_post", "relu")),)),
     "gated_units": lambda model: Plan(
         (step_of(model, units=_units(model), gate=gate_of(model, "resid_post")),)
+    ),
+    "tokens": lambda model: Plan(
+        (step_of(model, positions=2), step_of(model, positions=0, steer_special=True))
     ),
     "add_then_scale": lambda model: Plan((step_of(model), affine_of(model, "resid_post"))),
     "scale_then_add": lambda model: Plan((affine_of(model, "resid_post"), step_of(model))),
@@ -147,7 +151,9 @@ def _moved(
         )
         for t in range(len(rows)):
             kind = "prompt" if t < last else "completion"
-            if step.positions in ("all", kind) and (step.steer_special or t not in prompt.special):
+            named = t if t <= last else None
+            meant = step.positions in ("all", kind) or step.positions == named
+            if meant and (step.steer_special or t not in prompt.special):
                 rows[t] = _moved_token(step, layer, coeff, rows[t].float()).to(rows.dtype)
     return rows.view(x.shape)
 

@@ -121,7 +121,7 @@ def plan_of(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Plan:
         shared: dict[str, Any] = {
             "segments": segments,
             "coeffs": tuple(draw(finite) for _ in segments),
-            "positions": draw(st.sampled_from(POSITIONS)),
+            "positions": draw(st.sampled_from(POSITIONS) | st.integers(0, 9)),
             "steer_special": draw(st.booleans()),
         }
         if draw(st.booleans()):
@@ -244,6 +244,9 @@ def test_a_plan_with_a_valid_checksum_but_wrong_content_is_refused(
         ),
         ('"kind": "deltas"', '"kind": "affine"', "as save_plan writes it, but: KeyError 'site'"),
         ('"kind": "deltas"', '"gate": "relu", "kind": "deltas"', "but: KeyError 'gate.theta'"),
+        ('"positions": "completion"', '"positions": true', "positions must be one of .* got True"),
+        ('"positions": "completion"', '"positions": -1', "positions must be one of .* got -1"),
+        ('"positions": "completion"', '"positions": "3"', "positions must be one of .* got '3'"),
         ('"segments"', '"parts"', "must hold a plan as save_plan writes it, but: KeyError"),
     ):
         changed = content.replace(old, new)
