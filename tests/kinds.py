@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,9 @@ from conftest import deltas_of
 from torch import Tensor
 
 from fusion_lens.decoding import Completion, Row
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step, make_plan, thirds
-from fusion_lens.prompts import Prompt, question_prompt
+from fusion_lens.prompts import Layout, Prompt, question_prompt
 
 SITES = ("resid_post", "attn_z", "mlp_out")
 
@@ -119,6 +120,22 @@ def every_plan(model: HookedModel) -> dict[str, Plan]:
         for name, make in AT_A_SITE.items()
     }
     return at_sites | {name: make(model) for name, make in OTHERS.items()}
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two steps hold the same, tensors bit for bit."""
+    assert type(one) is type(other)
+    for field in fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, torch.Tensor):
+            same = mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        elif is_dataclass(mine) and not isinstance(mine, (Layout, ModelIdentity)):
+            same = same_tensors(mine, theirs)
+        else:
+            same = mine == theirs
+        if not same:
+            return False
+    return True
 
 
 def by_hand(model: Any, row: Row, completion: Completion) -> Tensor:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from conftest import deltas_of, prompts_of, strong_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import every_plan
+from kinds import every_plan, same_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -53,22 +52,6 @@ def test_a_loaded_plan_is_the_saved_one_bit_for_bit(plan: Plan, tmp_path: Path) 
         names = ("segments", "coeffs", "mean", "positions", "steer_special")
         assert all(getattr(one, name) == getattr(other, name) for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
-
-
-def same_tensors(one: Any, other: Any) -> bool:
-    """Whether two steps hold the same, tensors bit for bit."""
-    assert type(one) is type(other)
-    for field in fields(one):
-        mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(mine, torch.Tensor):
-            same = mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-        elif is_dataclass(mine) and not isinstance(mine, (Layout, ModelIdentity)):
-            same = same_tensors(mine, theirs)
-        else:
-            same = mine == theirs
-        if not same:
-            return False
-    return True
 
 
 def test_every_kind_of_step_is_loaded_as_it_was_saved(tiny, tmp_path: Path) -> None:
