@@ -26,6 +26,7 @@ from fusion_lens.prompts import Layout
 from fusion_lens.segments import Segment as Segment
 from fusion_lens.segments import even_segments as even_segments
 from fusion_lens.segments import full as full
+from fusion_lens.segments import one_layer as one_layer
 from fusion_lens.segments import per_layer as per_layer
 from fusion_lens.segments import thirds as thirds
 from fusion_lens.steps import MEANS as MEANS

@@ -44,6 +44,7 @@ LAYERS = (
     },
     {
         *{"methods"},
+        *{"methods.act_add"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
