@@ -42,9 +42,10 @@ LAYERS = (
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
         *{"site_activations", "contrast_texts"},
     },
+    {"methods.checks"},
     {
         *{"methods"},
-        *{"methods.act_add"},
+        *{"methods.act_add", "methods.caa"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
