@@ -45,7 +45,7 @@ LAYERS = (
     {"methods.checks"},
     {
         *{"methods"},
-        *{"methods.act_add", "methods.caa"},
+        *{"methods.act_add", "methods.caa", "methods.control_vectors"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
