@@ -45,7 +45,7 @@ LAYERS = (
     {"methods.checks"},
     {
         *{"methods"},
-        *{"methods.act_add", "methods.caa", "methods.control_vectors"},
+        *{"methods.act_add", "methods.caa", "methods.control_vectors", "methods.iti"},
     },
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
@@ -83,6 +83,7 @@ DOORS = {
     "sae_lens": {"saes", "atlas.train_saes"},
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
+    "sklearn": {"methods.iti"},
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
