@@ -34,6 +34,7 @@ from fusion_lens.plans import Segment as Segment
 from fusion_lens.plans import even_segments as even_segments
 from fusion_lens.plans import full as full
 from fusion_lens.plans import make_plan as make_plan
+from fusion_lens.plans import one_layer as one_layer
 from fusion_lens.plans import per_layer as per_layer
 from fusion_lens.plans import thirds as thirds
 from fusion_lens.preparation import TuningConfig as TuningConfig

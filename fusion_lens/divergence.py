@@ -24,6 +24,7 @@ from fusion_lens.hooks import Cursor, batch_steering
 from fusion_lens.models import HookedModel, evaluating
 from fusion_lens.plans import Plan
 from fusion_lens.prompts import Layout, Prompt, tokenize
+from fusion_lens.steps import AFTER_PROMPT
 
 WINDOW = 64
 _ROWS = 16
@@ -156,9 +157,10 @@ def _product(
 
 
 def _on_written(plan: Plan) -> Plan | None:
-    """What a plan does to text behind its prompt: steps for the prompt alone do nothing there."""
+    """What a plan does to text behind its prompt: nothing where a step is for the prompt or a token
+    of it."""
     steps = tuple(
-        replace(step, positions="all") for step in plan.steps if step.positions != "prompt"
+        replace(step, positions="all") for step in plan.steps if step.positions in AFTER_PROMPT
     )
     return Plan(steps) if steps else None
 

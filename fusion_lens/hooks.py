@@ -32,6 +32,7 @@ from fusion_lens.models import (
 from fusion_lens.moves import Group, Kind, Moves
 from fusion_lens.plans import Plan
 from fusion_lens.prompts import NO_PROMPT, Layout, Prompt
+from fusion_lens.steps import steered_mask
 
 HookFn = Callable[..., Any]
 """TransformerLens' `(activation, hook) -> activation`."""
@@ -159,17 +160,11 @@ class _Batch:
     ) -> Bool[Tensor, "rows pos"]:
         width = self.cursor.width or max(layout.length for layout in self.layouts)
         columns = torch.arange(offset, offset + length)
+        positions = "all" if present else kind.positions
         rows = []
         for layout in self.layouts:
-            position = columns - (width - layout.length)
-            row = position >= 0
-            if not kind.steer_special:
-                row &= ~torch.isin(position, torch.tensor(layout.special, dtype=torch.long))
-            if not present and kind.positions == "prompt":
-                row &= position < layout.length - 1
-            if not present and kind.positions == "completion":
-                row &= position >= layout.length - 1
-            rows.append(row)
+            at = columns - (width - layout.length)
+            rows.append(steered_mask(positions, kind.steer_special, layout, at))
         return torch.stack(rows)
 
 

@@ -36,7 +36,7 @@ def with_shift(plan: Plan, vectors: Float[Tensor, "layer d_model"]) -> Plan:
     if len(places) > 1 or not plan.is_constant or not isinstance(first, Step):
         raise PlanError(
             "features can be taken out of a constant shift at one kind of positions, "
-            f"but the plan's steps are (what, positions, steer_special) {sorted(alike)}."
+            f"but the plan's steps are (what, positions, steer_special) {sorted(alike, key=str)}."
         )
     step = replace(
         first,
@@ -136,8 +136,7 @@ def contribution_of(
 
 def shift_of(plan: Plan) -> Float[Tensor, "layer d_model"]:
     """What the plan adds at the positions it steers."""
-    where = plan.steps[0].positions
-    return plan.shift_at("completion" if where == "all" else where)
+    return plan.shift_at("prompt" if plan.steps[0].positions == "prompt" else "completion")
 
 
 def _summed(

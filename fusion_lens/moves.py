@@ -31,7 +31,7 @@ class Kind:
 
     number: int
     site: str
-    positions: str
+    positions: str | int
     steer_special: bool
     gate: str | None
     names: tuple[str, ...]

@@ -26,12 +26,13 @@ from fusion_lens.prompts import Layout
 from fusion_lens.segments import Segment as Segment
 from fusion_lens.segments import even_segments as even_segments
 from fusion_lens.segments import full as full
+from fusion_lens.segments import one_layer as one_layer
 from fusion_lens.segments import per_layer as per_layer
 from fusion_lens.segments import thirds as thirds
 from fusion_lens.steps import MEANS as MEANS
 from fusion_lens.steps import POSITIONS as POSITIONS
 from fusion_lens.steps import Affine as Affine
-from fusion_lens.steps import AnyStep
+from fusion_lens.steps import AnyStep, steered_mask
 from fusion_lens.steps import Gate as Gate
 from fusion_lens.steps import Step as Step
 from fusion_lens.tables import Section, Shows
@@ -79,44 +80,52 @@ class Plan(Shows):
     def injected_norm(self) -> float:
         """sqrt(sum over layers of ||shift[l]||^2), in residual units, where it is largest.
 
-        Steps at the same positions add up; of prompt and completion the larger counts. It is
-        nominal where a step depends on its input. With `mean="sequence"` the question's mean stands
-        in for the running one. A gate counts as 1 on its open layers. An affine step counts apart,
-        as the square root of `||coeff*scale[l]||^2 + ||coeff*shift[l]||^2` summed over layers: the
-        root mean square of what it would add to independent units of mean 0 and variance 1. That is
-        no residual norm, but it is 0 for a step that does nothing and grows with the coefficient.
+        Steps at the same positions add up; of the prompt, each of its tokens that a step names by
+        number, and the completion the largest counts. It is nominal where a step depends on its
+        input. With `mean="sequence"` the question's mean stands in for the running one. A gate
+        counts as 1 on its open layers. An affine step counts apart, as the square root of
+        `||coeff*scale[l]||^2 + ||coeff*shift[l]||^2` summed over layers: the root mean square of
+        what it would add to independent units of mean 0 and variance 1. That is no residual norm,
+        but it is 0 for a step that does nothing and grows with the coefficient.
         """
-        return max(self._norm_at("prompt"), self._norm_at("completion"))
+        tokens = {step.positions for step in self.steps if isinstance(step.positions, int)}
+        return max(
+            self._norm_at("completion"),
+            self._norm_at("prompt"),
+            *(self._norm_at("prompt", t) for t in tokens),
+        )
 
     def shift_at(self, position: str, *, special: bool = False) -> Float[Tensor, "layer d_model"]:
         """The sum of all steps' shifts at a "prompt" or "completion" position, special or not; with
         `mean="sequence"` it is nominal.
 
         Raises:
-            PlanError: if a step is gated or affine: what it adds is not the same for every token.
+            PlanError: if a step is gated, affine, or for one token of the prompt: what it adds is
+                not the same for every token.
         """
         for n, step in enumerate(self.steps, start=1):
-            if not (step.is_constant or step.needs_sequence):
+            same = step.is_constant or step.needs_sequence
+            if not same or isinstance(step.positions, int):
                 raise PlanError(
                     "a plan must add the same to every token to have a shift, "
-                    f"but its step {n} is {step.told}."
+                    f"but its step {n} is {step.told} (positions: {_positions_told(step)})."
                 )
         return self._added_at(position, special=special)
 
-    def _added_at(self, position: str, *, special: bool) -> Float[Tensor, "layer d_model"]:
+    def _added_at(self, *positions: str | int, special: bool) -> Float[Tensor, "layer d_model"]:
         total = torch.zeros((self.model.n_layers, self.model.d_model))
         for step in self.steps:
-            acts = step.positions in ("all", position) and (step.steer_special or not special)
+            acts = step.positions in ("all", *positions) and (step.steer_special or not special)
             if isinstance(step, Step) and acts:
                 total = total + step.shift
         return total
 
-    def _norm_at(self, position: str) -> float:
-        added = float(self._added_at(position, special=False).norm())
+    def _norm_at(self, *positions: str | int) -> float:
+        added = float(self._added_at(*positions, special=False).norm())
         moves = [
             step.move
             for step in self.steps
-            if isinstance(step, Affine) and step.positions in ("all", position)
+            if isinstance(step, Affine) and step.positions in ("all", *positions)
         ]
         if not moves:
             return added
@@ -129,17 +138,12 @@ class Plan(Shows):
 
     def steered_positions(self, layout: Layout) -> tuple[int, ...]:
         """The positions of a prompt at which a step injects; those after it are steered unless all
-        steps are for the prompt alone."""
-        last = layout.length - 1
-        return tuple(
-            t
-            for t in range(layout.length)
-            if any(
-                step.positions in ("all", "prompt" if t < last else "completion")
-                and (step.steer_special or t not in layout.special)
-                for step in self.steps
-            )
-        )
+        steps are for the prompt or single tokens of it."""
+        places = torch.arange(layout.length)
+        steered = torch.zeros(layout.length, dtype=torch.bool)
+        for step in self.steps:
+            steered |= steered_mask(step.positions, step.steer_special, layout, places)
+        return tuple(places[steered].tolist())
 
     @property
     def needs_sequence(self) -> bool:
@@ -162,7 +166,7 @@ class Plan(Shows):
                 f"{segment.start} to {segment.stop - 1}",
                 f"{coeff:.3f}",
                 step.told,
-                step.positions + (", special tokens too" if step.steer_special else ""),
+                _positions_told(step),
             )
             for n, step in enumerate(self.steps, start=1)
             for segment, coeff in zip(step.segments, step.coeffs, strict=True)
@@ -205,7 +209,7 @@ def make_plan(
     segments: Sequence[Segment] | None = None,
     *,
     mean: str = "question",
-    positions: str = "all",
+    positions: str | int = "all",
     steer_special: bool = False,
     units: Bool[Tensor, "layer d_model"] | None = None,
     gate: Gate | None = None,
@@ -250,3 +254,8 @@ def make_plan(
             ),
         )
     )
+
+
+def _positions_told(step: AnyStep) -> str:
+    where = step.positions if isinstance(step.positions, str) else f"token {step.positions}"
+    return where + (", special tokens too" if step.steer_special else "")

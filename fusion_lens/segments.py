@@ -50,6 +50,17 @@ def per_layer(n_layers: int) -> tuple[Segment, ...]:
     return even_segments(n_layers, n_layers)
 
 
+def one_layer(layer: int, n_layers: int) -> tuple[Segment, ...]:
+    """One layer alone.
+
+    Raises:
+        PlanError: if the model has no such layer.
+    """
+    if not 0 <= layer < n_layers:
+        raise PlanError(f"0 <= layer < n_layers must hold, but got ({layer=}, {n_layers=}).")
+    return (Segment(f"layer_{layer}", layer, layer + 1),)
+
+
 def even_segments(n_layers: int, n_segments: int) -> tuple[Segment, ...]:
     """Any number of segments, as even as possible, the longer ones first.
 

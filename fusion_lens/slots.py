@@ -32,6 +32,7 @@ from fusion_lens.lean import AtSite, Lean, all_attend, attention_masks
 from fusion_lens.models import HookedModel, KeyValues, Place, decode, stop_tokens
 from fusion_lens.moves import Moves
 from fusion_lens.plans import Plan
+from fusion_lens.steps import AFTER_PROMPT
 
 _STEPS = 8
 _LEAST_FILLED = 4
@@ -151,12 +152,12 @@ class Slots:
     def _move(self, place: Place, x: Tensor) -> Tensor:
         site, layer = place
         for group in self._moves.groups:
-            if group.kind.site == site and group.kind.positions != "prompt":
+            if group.kind.site == site and group.kind.positions in AFTER_PROMPT:
                 x = group.steer(layer, x, self._everywhere)
         return x
 
     def _steer_steps(self) -> dict[Place, AtSite]:
-        """All positions are "completion"."""
+        """All positions are "completion", and none is a token of the prompt."""
         at: dict[Place, AtSite] = {}
         if self._steered:
             layers = range(self._shift.shape[1])

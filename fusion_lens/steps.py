@@ -16,17 +16,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fusion_lens.deltas import Deltas
-from fusion_lens.errors import PlanError, one_of
+from fusion_lens.errors import ConfigError, PlanError, one_of
 from fusion_lens.models import SITES, ModelIdentity
 from fusion_lens.prompts import Layout
 from fusion_lens.segments import Segment, check_segments, coeffs_by_layer, covered_layers
 
 MEANS = ("question", "sequence")
 POSITIONS = ("all", "prompt", "completion")
+AFTER_PROMPT = ("all", "completion")
+"""Of these, the ones that hold for what follows the prompt."""
 GATES = ("sigmoid", "relu")
 
 
@@ -71,9 +73,10 @@ class Step:
     """One injection of a question's deltas into the residual stream.
 
     `positions`: "prompt" is everything before the last prompt token, "completion" the last prompt
-    token and all after it (the positions whose logits write the completion), "all" both. Special
-    tokens of the prompt are left alone unless `steer_special`; with `mean="sequence"` they then
-    enter the running mean too, as in the authors' hook.
+    token and all after it (the positions whose logits write the completion), "all" both. A number t
+    is the prompt's token at place t alone, counted from 0, BOS included; a prompt that is not so
+    long is not steered. Special tokens of the prompt are left alone unless `steer_special`; with
+    `mean="sequence"` they then enter the running mean too, as in the authors' hook.
 
     `units` are the dimensions that are injected, of each layer; None: all. `gate` weighs the
     injection token by token. Both are for `mean="question"` alone.
@@ -83,14 +86,14 @@ class Step:
     segments: tuple[Segment, ...]
     coeffs: tuple[float, ...]
     mean: str = "question"
-    positions: str = "all"
+    positions: str | int = "all"
     steer_special: bool = False
     units: Bool[Tensor, "layer d_model"] | None = None
     gate: Gate | None = None
 
     def __post_init__(self) -> None:
         one_of("mean", self.mean, MEANS)
-        one_of("positions", self.positions, POSITIONS)
+        _check_positions(self.positions)
         check_segments(self.segments, self.coeffs, self.model.n_layers)
         shape = (self.model.n_layers, self.model.d_model)
         for name in ("units", "gate"):
@@ -122,8 +125,8 @@ class Step:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it adds the same to every token's residual stream."""
-        return self.mean == "question" and self.gate is None
+        """Whether it adds the same to every token's residual stream, of a kind of positions."""
+        return self.mean == "question" and self.gate is None and not isinstance(self.positions, int)
 
     @property
     def needs_sequence(self) -> bool:
@@ -185,12 +188,12 @@ class Affine:
     low: Float[Tensor, "layer width"] | None = None
     high: Float[Tensor, "layer width"] | None = None
     gate: Gate | None = None
-    positions: str = "all"
+    positions: str | int = "all"
     steer_special: bool = False
 
     def __post_init__(self) -> None:
         one_of("site", self.site, SITES)
-        one_of("positions", self.positions, POSITIONS)
+        _check_positions(self.positions)
         check_segments(self.segments, self.coeffs, self.model.n_layers)
         width = self.shift.shape[-1] if self.site == "attn_z" else self.model.d_model
         shape = (self.model.n_layers, width)
@@ -251,6 +254,24 @@ class Affine:
 AnyStep = Step | Affine
 
 
+def steered_mask(
+    positions: str | int, steer_special: bool, layout: Layout, at: Int[Tensor, " pos"]
+) -> Bool[Tensor, " pos"]:
+    """Which of the places `at` are steered, counted from a prompt's first token: those below 0 are
+    padding, those from its length on follow it."""
+    mask = at >= 0
+    if not steer_special:
+        mask &= ~torch.isin(at, torch.tensor(layout.special, dtype=torch.long))
+    last = layout.length - 1
+    if isinstance(positions, int):
+        mask &= (at == positions) & (at <= last)
+    elif positions == "prompt":
+        mask &= at < last
+    elif positions == "completion":
+        mask &= at >= last
+    return mask
+
+
 def _active(layers: Bool[Tensor, " layer"], gate: Gate | None) -> Bool[Tensor, " layer"]:
     return layers if gate is None else layers & gate.open
 
@@ -265,6 +286,15 @@ def _bounds(
 
 def _gate_told(gate: Gate | None) -> str:
     return "" if gate is None else f", {gate.kind} gate on {int(gate.open.sum())} layers"
+
+
+def _check_positions(positions: str | int) -> None:
+    number = isinstance(positions, int) and not isinstance(positions, bool) and positions >= 0
+    if not number and positions not in POSITIONS:
+        raise ConfigError(
+            f"positions must be one of {', '.join(POSITIONS)}, or the place of a token of the "
+            f"prompt (0 is the first), but got {positions!r}."
+        )
 
 
 def _check_gate(gate: Gate | None, shape: tuple[int, int]) -> None:

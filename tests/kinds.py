@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,9 @@ from conftest import deltas_of
 from torch import Tensor
 
 from fusion_lens.decoding import Completion, Row
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step, make_plan, thirds
-from fusion_lens.prompts import Prompt, question_prompt
+from fusion_lens.prompts import Layout, Prompt, question_prompt
 
 SITES = ("resid_post", "attn_z", "mlp_out")
 
@@ -76,6 +77,7 @@ AT_A_SITE: dict[str, Callable[[HookedModel, str], Affine]] = {
     "relu": lambda model, site: affine_of(model, site, gate=gate_of(model, site, "relu")),
     "prompt": lambda model, site: affine_of(model, site, positions="prompt"),
     "completion": lambda model, site: affine_of(model, site, positions="completion"),
+    "token": lambda model, site: affine_of(model, site, positions=3),
     "special": lambda model, site: affine_of(model, site, steer_special=True),
     "one_layer": lambda model, site: affine_of(
         model, site, segments=(Segment("one", 1, 2),), coeffs=(1.0,)
@@ -93,6 +95,9 @@ OTHERS: dict[str, Callable[[HookedModel], Plan]] = {
     "gated_relu": lambda model: Plan((step_of(model, gate=gate_of(model, "resid_post", "relu")),)),
     "gated_units": lambda model: Plan(
         (step_of(model, units=_units(model), gate=gate_of(model, "resid_post")),)
+    ),
+    "tokens": lambda model: Plan(
+        (step_of(model, positions=2), step_of(model, positions=0, steer_special=True))
     ),
     "add_then_scale": lambda model: Plan((step_of(model), affine_of(model, "resid_post"))),
     "scale_then_add": lambda model: Plan((affine_of(model, "resid_post"), step_of(model))),
@@ -115,6 +120,22 @@ def every_plan(model: HookedModel) -> dict[str, Plan]:
         for name, make in AT_A_SITE.items()
     }
     return at_sites | {name: make(model) for name, make in OTHERS.items()}
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    """Whether two steps hold the same, tensors bit for bit."""
+    assert type(one) is type(other)
+    for field in fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, torch.Tensor):
+            same = mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        elif is_dataclass(mine) and not isinstance(mine, (Layout, ModelIdentity)):
+            same = same_tensors(mine, theirs)
+        else:
+            same = mine == theirs
+        if not same:
+            return False
+    return True
 
 
 def by_hand(model: Any, row: Row, completion: Completion) -> Tensor:
@@ -147,7 +168,9 @@ def _moved(
         )
         for t in range(len(rows)):
             kind = "prompt" if t < last else "completion"
-            if step.positions in ("all", kind) and (step.steer_special or t not in prompt.special):
+            named = t if t <= last else None
+            meant = step.positions in ("all", kind) or step.positions == named
+            if meant and (step.steer_special or t not in prompt.special):
                 rows[t] = _moved_token(step, layer, coeff, rows[t].float()).to(rows.dtype)
     return rows.view(x.shape)
 

@@ -55,10 +55,11 @@ def test_the_divergence_is_that_of_the_next_tokens_by_hand(
 
 def test_a_text_counts_as_written_by_the_model(tiny: HookedModel, texts: list[Prompt]) -> None:
     deltas = deltas_of(tiny)
-    plans = [make_plan(deltas, 2.0, positions=where) for where in ("all", "completion", "prompt")]
-    everywhere, written, prompt = kl_unrelated(tiny, texts, plans)
+    kinds: tuple[str | int, ...] = ("all", "completion", "prompt", 1)
+    plans = [make_plan(deltas, 2.0, positions=where) for where in kinds]
+    everywhere, written, prompt, token = kl_unrelated(tiny, texts, plans)
     assert everywhere == written > 0.01
-    assert prompt == pytest.approx(0.0, abs=1e-6)
+    assert prompt == token == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -57,6 +57,7 @@ FEATURES: dict[str, Callable[[Deltas], Plan | None]] = {
     "all": strong,
     "prompt": lambda deltas: strong(deltas, positions="prompt"),
     "completion": lambda deltas: strong(deltas, positions="completion"),
+    "token": lambda deltas: strong(deltas, positions=3),
     "all_special": lambda deltas: strong(deltas, steer_special=True),
     "prompt_special": lambda deltas: strong(deltas, positions="prompt", steer_special=True),
     "completion_special": lambda deltas: strong(deltas, positions="completion", steer_special=True),
@@ -68,6 +69,7 @@ FEATURES: dict[str, Callable[[Deltas], Plan | None]] = {
         strong(deltas, 0.1, mean="sequence", positions="completion")
         + strong(deltas, positions="prompt")
     ),
+    "sequence_token": lambda deltas: strong(deltas, 0.1, mean="sequence", positions=3),
     "negative": lambda deltas: strong(deltas, -1.0),
     "fraction": lambda deltas: strong(deltas, 0.37),
     "full": lambda deltas: make_plan(deltas, 6.0, full(4)),

@@ -38,16 +38,21 @@ def around(
     return [(before[layer][0], after[layer][0]) for layer in layers]
 
 
-def steered_positions(prompt: Prompt, positions: str, steer_special: bool) -> list[int]:
+def steered_positions(prompt: Prompt, positions: str | int, steer_special: bool) -> list[int]:
     last = len(prompt.tokens) - 1
-    kept = {"all": range(last + 1), "prompt": range(last), "completion": range(last, last + 1)}
-    return [t for t in kept[positions] if steer_special or t not in prompt.special]
+    kept: dict[str | int, range] = {
+        "all": range(last + 1),
+        "prompt": range(last),
+        "completion": range(last, last + 1),
+    }
+    named = kept[positions] if isinstance(positions, str) else [positions]
+    return [t for t in named if steer_special or t not in prompt.special]
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "completion"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "completion", 3])
 @pytest.mark.parametrize("steer_special", [False, True])
 def test_a_hook_adds_coeff_times_delta_where_the_plan_says_and_nothing_elsewhere(
-    tiny: HookedModel, positions: str, steer_special: bool
+    tiny: HookedModel, positions: str | int, steer_special: bool
 ) -> None:
     deltas = deltas_of(tiny)
     coeffs = (0.3, 0.7, 1.1, 1.5)
@@ -99,9 +104,9 @@ def test_two_layers_together_are_not_the_sum_of_their_single_effects(tiny: Hooke
 
 
 @pytest.mark.parametrize("steer_special", [False, True])
-@pytest.mark.parametrize("positions", ["all", "prompt", "completion"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "completion", 3])
 def test_the_sequence_mean_equals_the_formula_written_out_token_by_token(
-    tiny: HookedModel, positions: str, steer_special: bool
+    tiny: HookedModel, positions: str | int, steer_special: bool
 ) -> None:
     deltas = deltas_of(tiny)
     alpha, gamma = 0.8, 0.9
@@ -124,9 +129,9 @@ def test_the_sequence_mean_equals_the_formula_written_out_token_by_token(
                 assert torch.equal(got[t], given[t])
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "completion"])
+@pytest.mark.parametrize("positions", ["all", "prompt", "completion", 3])
 def test_a_loop_of_the_users_own_with_a_cache_equals_one_pass_when_the_offset_is_given(
-    tiny: HookedModel, positions: str
+    tiny: HookedModel, positions: str | int
 ) -> None:
     plan = strong_plan(tiny, positions=positions)
     prompt = question_prompt(tiny, "Who wrote the red book?")
@@ -147,9 +152,9 @@ def test_a_loop_of_the_users_own_with_a_cache_equals_one_pass_when_the_offset_is
     assert (whole - tiny(tokens)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("positions", ["prompt", "completion"])
+@pytest.mark.parametrize("positions", ["prompt", "completion", 3])
 def test_a_position_limited_plan_without_an_offset_refuses_a_cached_step(
-    tiny: HookedModel, positions: str
+    tiny: HookedModel, positions: str | int
 ) -> None:
     plan = strong_plan(tiny, positions=positions)
     with pytest.raises(PlanError, match="needs the offset of a pass of 1 tokens, shorter than its"):

@@ -144,6 +144,10 @@ def test_a_recomputed_mean_and_steps_at_different_places_cannot_be_taken_apart(
     both = make_plan(deltas_of(tiny), 1.0, positions="prompt") + make_plan(deltas_of(tiny), 1.0)
     with pytest.raises(PlanError, match="at one kind of positions"):
         with_shift(both, vectors)
+    token = make_plan(deltas_of(tiny), 1.0, positions=3)
+    for plan in (token, token + both):
+        with pytest.raises(PlanError, match=r"steer_special\) .*\('question', 3, False\)"):
+            with_shift(plan, vectors)
 
 
 def test_what_depends_on_its_input_cannot_be_taken_apart(

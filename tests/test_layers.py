@@ -48,6 +48,7 @@ LAYERS = (
         *{"methods"},
         *{"methods.dsas"},
         *{"methods.austeer", "methods.linear_act", "methods.prompting"},
+        *{"methods.act_add", "methods.caa", "methods.control_vectors", "methods.iti"},
     },
     {"arms", "interventions", "behaviours", "question_gates"},
     {"method_suite"},
@@ -96,6 +97,7 @@ DOORS = {
     "optuna": {"search"},
     "scipy": {"statistics", "controls"},
     "sklearn": {"methods.dsas"},
+    "sklearn": {"methods.iti"},
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},

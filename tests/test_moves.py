@@ -112,6 +112,32 @@ def test_a_row_writes_alone_what_it_writes_in_a_crowd_of_all_kinds(
     assert all(same_bits(one, other) for one, other in zip(alone, together[::3], strict=True))
 
 
+@pytest.mark.parametrize("executor", [*EXECUTORS, "uncached"])
+def test_a_token_is_found_by_its_number_whatever_the_prompts_length(
+    tiny: HookedModel, executor: str
+) -> None:
+    prompts = all_prompts(tiny)
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    assert sorted(lengths)[:3] == [1, 1, 5]
+    rows, expected = [], []
+    for t in (0, 4, 20, max(lengths) - 1, max(lengths)):
+        for steer_special in (False, True):
+            step = step_of(tiny, positions=t, steer_special=steer_special)
+            affine = affine_of(tiny, "attn_z", positions=t, steer_special=steer_special)
+            for prompt in prompts:
+                rows += [Row(prompt, Plan((each,))) for each in (step, affine)]
+                acts = t < len(prompt.tokens) and (steer_special or t not in prompt.special)
+                expected += [acts] * 2
+    options: dict[str, Any] = {"executor": "lean" if executor == "lean" else "hooks", "slots": 8}
+    cached = executor != "uncached"
+    done = written(tiny, rows, use_cache=cached, **options)
+    plain = written(tiny, [Row(row.prompt) for row in rows], use_cache=cached, **options)
+    assert expected.count(True) > 20
+    for row, one, other, acts in zip(rows, done, plain, expected, strict=True):
+        assert (logits_of(one) - by_hand(tiny, row, one)).abs().max() < 1e-4
+        assert same_bits(one, other) is not acts
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_a_strength_of_zero_changes_no_bit(tiny: HookedModel, site: str) -> None:
     prompts = prompts_of(tiny)

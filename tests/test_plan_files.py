@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from conftest import deltas_of, prompts_of, strong_plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kinds import every_plan
+from kinds import every_plan, same_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -53,22 +52,6 @@ def test_a_loaded_plan_is_the_saved_one_bit_for_bit(plan: Plan, tmp_path: Path) 
         names = ("segments", "coeffs", "mean", "positions", "steer_special")
         assert all(getattr(one, name) == getattr(other, name) for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
-
-
-def same_tensors(one: Any, other: Any) -> bool:
-    """Whether two steps hold the same, tensors bit for bit."""
-    assert type(one) is type(other)
-    for field in fields(one):
-        mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(mine, torch.Tensor):
-            same = mine.dtype == theirs.dtype and torch.equal(mine, theirs)
-        elif is_dataclass(mine) and not isinstance(mine, (Layout, ModelIdentity)):
-            same = same_tensors(mine, theirs)
-        else:
-            same = mine == theirs
-        if not same:
-            return False
-    return True
 
 
 def test_every_kind_of_step_is_loaded_as_it_was_saved(tiny, tmp_path: Path) -> None:
@@ -121,7 +104,7 @@ def plan_of(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Plan:
         shared: dict[str, Any] = {
             "segments": segments,
             "coeffs": tuple(draw(finite) for _ in segments),
-            "positions": draw(st.sampled_from(POSITIONS)),
+            "positions": draw(st.sampled_from(POSITIONS) | st.integers(0, 9)),
             "steer_special": draw(st.booleans()),
         }
         if draw(st.booleans()):
@@ -244,6 +227,9 @@ def test_a_plan_with_a_valid_checksum_but_wrong_content_is_refused(
         ),
         ('"kind": "deltas"', '"kind": "affine"', "as save_plan writes it, but: KeyError 'site'"),
         ('"kind": "deltas"', '"gate": "relu", "kind": "deltas"', "but: KeyError 'gate.theta'"),
+        ('"positions": "completion"', '"positions": true', "positions must be one of .* got True"),
+        ('"positions": "completion"', '"positions": -1', "positions must be one of .* got -1"),
+        ('"positions": "completion"', '"positions": "3"', "positions must be one of .* got '3'"),
         ('"segments"', '"parts"', "must hold a plan as save_plan writes it, but: KeyError"),
     ):
         changed = content.replace(old, new)

@@ -73,6 +73,32 @@ def test_steps_at_disjoint_positions_do_not_add_their_norms(tiny) -> None:
     assert (parts + whole).injected_norm == pytest.approx(2 * whole.injected_norm)
 
 
+def test_steps_at_tokens_of_their_own_count_with_those_of_the_prompt_but_not_with_each_other(
+    tiny,
+) -> None:
+    deltas = deltas_of(tiny)
+    first, second = make_plan(deltas, 0.5, positions=1), make_plan(deltas, 0.75, positions=4)
+    prompt, after = (make_plan(deltas, 0.25, positions=kind) for kind in ("prompt", "completion"))
+    unit = make_plan(deltas, 1.0).injected_norm
+    for plan, expected in (
+        (first, 0.5),
+        (first + second, 0.75),
+        (first + second + first, 1.0),
+        (first + second + prompt, 1.0),
+        (first + second + after, 0.75),
+        (first * -1.0 + prompt, 0.25),
+        (first + make_plan(deltas, 0.5), 1.0),
+    ):
+        assert plan.injected_norm == pytest.approx(expected * unit)
+    assert not first.is_constant
+    with pytest.raises(PlanError, match=r"but its step 1 is question \(positions: token 1\)"):
+        first.shift_at("prompt")
+    with pytest.raises(PlanError, match=r"step 2 is sequence \(positions: token 4, special tokens"):
+        (
+            prompt + make_plan(deltas, 1.0, mean="sequence", positions=4, steer_special=True)
+        ).shift_at("prompt")
+
+
 def test_coefficients_may_be_arrays_and_tensors(tiny) -> None:
     deltas = deltas_of(tiny)
     expected = make_plan(deltas, (0.25, 0.5, 1.0)).coeffs
@@ -134,6 +160,8 @@ def test_a_plan_shows_where_it_injects_and_how_strongly(tiny) -> None:
     table = plan.table()
     assert table.title.endswith(f"injected norm {plan.injected_norm:.2f}")
     assert table.rows[2] == ("1", "late", "3 to 3", "-1.000", "question", "completion")
+    named = make_plan(deltas_of(tiny), 0.5, positions=3, steer_special=True).table()
+    assert named.rows[0][-1] == "token 3, special tokens too"
     assert repr(plan).endswith(
         f"early 0.5, middle 0.25, late -1, injected norm {plan.injected_norm:.3g})"
     )

@@ -67,6 +67,8 @@ def test_of_prompt_and_completion_the_larger_affine_step_counts(tiny: HookedMode
     small = Plan((affine_of(tiny, "mlp_out", positions="prompt"),)) * 0.5
     large = Plan((affine_of(tiny, "mlp_out", positions="completion"),))
     assert (small + large).injected_norm == large.injected_norm
+    token, other = (Plan((affine_of(tiny, "mlp_out", positions=t),)) for t in (1, 2))
+    assert (token + other + small).injected_norm == pytest.approx((token + small).injected_norm)
 
 
 def test_plans_of_mixed_steps_keep_their_algebra(tiny: HookedModel) -> None:
@@ -79,6 +81,10 @@ def test_plans_of_mixed_steps_keep_their_algebra(tiny: HookedModel) -> None:
     layout = Layout(5, (0, 2))
     prompt = Plan((affine_of(tiny, "attn_z", positions="prompt"),))
     assert prompt.steered_positions(layout) == (1, 3)
+    tokens = Plan(
+        tuple(affine_of(tiny, "attn_z", positions=t, steer_special=t == 2) for t in (4, 2, 0, 5))
+    )
+    assert tokens.steered_positions(layout) == (2, 4)
     special = Plan((affine_of(tiny, "attn_z", steer_special=True),))
     assert special.steered_positions(layout) == (0, 1, 2, 3, 4)
 
@@ -170,6 +176,16 @@ def test_unknown_sites_positions_and_gates_are_refused(tiny: HookedModel) -> Non
         affine_of(tiny, "attn_z", positions="last")
     with pytest.raises(ConfigError, match="a gate's kind must be one of sigmoid, relu, but got 't"):
         gate_of(tiny, "attn_z", "tanh")
+
+
+@pytest.mark.parametrize("positions", [3.0, True, -1, "3", None])
+def test_a_place_in_the_prompt_is_a_number_from_0_on(
+    tiny: HookedModel, unchecked: None, positions: Any
+) -> None:
+    message = f"or the place of a token of the prompt .0 is the first., but got {positions!r}"
+    for make in (step_of, lambda model, **given: affine_of(model, "attn_z", **given)):
+        with pytest.raises(ConfigError, match=message):
+            make(tiny, positions=positions)
 
 
 GATES: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusion_lens.errors import ContrastError
+from fusion_lens.errors import ActivationError, ContrastError
 from fusion_lens.site_activations import SiteActivations
 
 
@@ -22,4 +22,17 @@ def require_pairs(right: SiteActivations, wrong: SiteActivations, least: int = 2
     if len(right) < least:
         raise ContrastError(
             f"there must be at least {least} pairs to learn from, but got {len(right)}; add some."
+        )
+
+
+def require_site(found: SiteActivations, site: str) -> None:
+    """Make sure that activations are of the site that a method acts at.
+
+    Raises:
+        ActivationError: if they are not.
+    """
+    if found.site != site:
+        raise ActivationError(
+            f"the method must be given activations at {site}, but got {found.site}; "
+            f'read them with record_at(..., site="{site}").'
         )
