@@ -44,8 +44,9 @@ LAYERS = (
     },
     {
         *{"methods"},
-        *{"methods.dsas"},
+        *{"methods.dsas", "methods.wasserstein"},
     },
+    {"methods.dsas_end_to_end"},
     {"arms", "interventions"},
     {"transfer", "selection", "faithfulness", "tracing"},
     {"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots", "report_data"},
