@@ -88,13 +88,13 @@ def record_at(
     if not texts:
         raise ActivationError("there must be at least one text to read, but got none.")
     for text in texts:
-        _require_kept(text, tokens)
+        read_positions(text, tokens)
     n_layers = int(model.cfg.n_layers)
 
     def read(run: Executor, batch: Batch) -> list[Float[Tensor, "layer width"]]:
         weights = torch.zeros(batch.tokens.shape, dtype=torch.float64)
         for row, (text, place) in enumerate(zip(batch.rows, batch.places, strict=True)):
-            kept = _kept(text, tokens)
+            kept = read_positions(text, tokens)
             weights[row, [place.start + t for t in kept]] = 1.0 / len(kept)
         entering, _ = passed(run, batch, site, n_layers)
         return list(torch.stack([weighted_mean(x, weights) for x in entering], dim=1).cpu())
@@ -103,15 +103,17 @@ def record_at(
     return SiteActivations(torch.stack(rows), site, identify(model))
 
 
-def _kept(text: Text, tokens: str) -> Sequence[int]:
-    """The positions of a text that are read."""
+def read_positions(text: Text, tokens: str) -> Sequence[int]:
+    """The positions of a text that "last", "mean" or "written" stand for.
+
+    Raises:
+        SpanError: if it has none.
+    """
     if tokens == "last":
         return (len(text.tokens) - 1,)
     start = len(text.prompt.tokens) if tokens == "written" else 0
-    return [t for t in range(start, len(text.tokens)) if t not in text.prompt.special]
-
-
-def _require_kept(text: Text, tokens: str) -> None:
-    if not _kept(text, tokens):
+    kept = [t for t in range(start, len(text.tokens)) if t not in text.prompt.special]
+    if not kept:
         what = "a token behind its prompt" if tokens == "written" else "a token that is not special"
         raise SpanError(f"every text must have {what}, but {text.prompt.text!r} has none.")
+    return kept
