@@ -29,6 +29,7 @@ from fusion_lens.methods.austeer import austeer, momenta
 from fusion_lens.methods.caa import caa
 from fusion_lens.methods.control_vectors import control_vectors
 from fusion_lens.methods.dsas import FittedGate, constant_gate, fit_gate, gated
+from fusion_lens.methods.dsas_end_to_end import Training, train
 from fusion_lens.methods.iti import iti
 from fusion_lens.methods.linear_act import linear_act
 from fusion_lens.methods.prompting import demonstrations
@@ -53,9 +54,10 @@ STRENGTHS = {
     "act_add": ONE_LAYER,
     "control_mean": FRACTIONS,
     "control_pca": FRACTIONS,
-    "iti": (1.0, 3.0, 7.0, 15.0, 30.0, 60.0),
+    "iti": (0.5, 1.0, 3.0, 7.0, 15.0, 30.0),
     "linear_act": LAMBDAS,
-    "austeer": (1.0, 3.0, 8.0, 20.0, 50.0, 100.0),
+    "dsas_end_to_end": LAMBDAS,
+    "austeer": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
 }
 METHODS = tuple(STRENGTHS)
 PER_PROMPT = ("fusion", "fusion_masked")
@@ -157,15 +159,15 @@ class Suite:
 
     def gated_line(self, line: Line, kind: str) -> Line | None:
         """The line with a gate on its plans: "dsas", or one of its controls, "permuted" labels and
-        a "constant" of the same mean over the tokens of the fitted texts. None where there is
-        nothing to put it on, or no layer is told apart well enough to be open.
+        a "constant" of the same mean over the tokens of the fitted texts. None where there is no
+        plan, it has a gate of its own, or no layer is told apart well enough to be open.
 
         Raises:
             ConfigError: if there is no such gate.
         """
         one_of("gate", kind, GATES)
         plans = [plan for way in line.ways for plan in way.plans]
-        if not plans:
+        if not plans or any(step.gate is not None for step in plans[0].steps):
             return None
         began = time.perf_counter()
         (site,) = plans[0].sites
@@ -209,6 +211,8 @@ class Suite:
             yield "", partial(self._control_vectors, method.removeprefix("control_"))
         elif method == "iti":
             yield "", self._iti
+        elif method == "dsas_end_to_end":
+            yield "", self._end_to_end
         elif method == "linear_act":
             for site in SITES:
                 yield site, partial(self._linear_act, site)
@@ -261,6 +265,10 @@ class Suite:
     def _linear_act(self, site: str) -> list[Plan]:
         sides = self.texts["source"], self.texts["target"]
         return [linear_act(self.model, *sides, site=site, progress=False)]
+
+    def _end_to_end(self) -> list[Plan]:
+        sides = (self.texts[kind] for kind in ("source", "target", "control"))
+        return [train(self.model, *sides, Training(seed=self.seed), progress=False).plan]
 
     def austeer(
         self, site: str, k: int, ranking: Callable[[Momenta], Int[Tensor, "unit 2"]] | None = None

@@ -29,7 +29,8 @@ def caa(
     pairs; v is in residual units, its strength is the paper's multiplier c.
 
     Raises:
-        ActivationError: if the rows are no pairs, fewer than two, or of another site.
+        ContrastError: if the rows are no pairs, or fewer than two.
+        ActivationError: if they are of another site.
         PlanError: if the model has no such layer.
 
     References:

@@ -42,8 +42,8 @@ def control_vectors(
     strength is c. A layer on which no pair differs gets the zero vector.
 
     Raises:
-        ActivationError: if the rows are no pairs, fewer than two, of another site, or all vectors
-            are 0.
+        ContrastError: if the rows are no pairs, or fewer than two.
+        ActivationError: if they are of another site, or all vectors are 0.
         ConfigError: if `how` is neither "pca" nor "mean".
         PlanError: if a layer is not of the model, or none is given.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fitted import check_plan
+from fitting import assert_a_plan_like_any
 from kinds import SITES
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def test_plans_are_those_counted_one_by_one(tiny: HookedModel, site: str, k: int
 
 @pytest.mark.parametrize("site", SITES)
 def test_the_plan_keeps_what_plans_keep(tiny: HookedModel, site: str, tmp_path: Path) -> None:
-    check_plan(tiny, austeer(momenta(*recorded(tiny, site)), 20), tmp_path)
+    assert_a_plan_like_any(tiny, austeer(momenta(*recorded(tiny, site)), 20), 1.0, tmp_path)
     assert (ALPHA_LOW, ALPHA_HIGH) == (1.0, 100.0)
 
 

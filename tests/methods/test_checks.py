@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fitting import sides_of
 
-from fusion_lens.errors import ActivationError
+from fusion_lens.errors import ActivationError, ContrastError
 from fusion_lens.methods.caa import caa
 from fusion_lens.methods.control_vectors import control_vectors
 from fusion_lens.methods.iti import iti
@@ -37,9 +37,9 @@ def sides(tiny: HookedModel) -> dict[str, Sides]:
 def test_rows_that_are_no_pairs_are_refused(sides: dict[str, Sides], name: str) -> None:
     fit, site, least = METHODS[name]
     right, wrong = sides[site]
-    with pytest.raises(ActivationError, match="but got 10 right and 9 wrong; read both"):
+    with pytest.raises(ContrastError, match="but got 10 right and 9 wrong texts; record both"):
         fit(right, first(wrong, 9))
-    with pytest.raises(ActivationError, match=f"at least {least} pairs to learn from, but got"):
+    with pytest.raises(ContrastError, match=f"at least {least} pairs to learn from, but got"):
         fit(first(right, least - 1), first(wrong, least - 1))
     fit(first(right, least), first(wrong, least))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import strong_plan
-from fitted import check_plan
+from fitting import assert_a_plan_like_any
 from kinds import SITES
 from torch import Tensor
 
@@ -188,7 +188,7 @@ def test_a_strength_goes_that_part_of_the_way(tiny: HookedModel) -> None:
 
 @pytest.mark.parametrize("site", SITES)
 def test_the_plan_keeps_what_plans_keep(tiny: HookedModel, site: str, tmp_path: Path) -> None:
-    check_plan(tiny, linear_act(tiny, *texts_of(tiny), site=site), tmp_path)
+    assert_a_plan_like_any(tiny, linear_act(tiny, *texts_of(tiny), site=site), 1.0, tmp_path)
 
 
 REFUSED: dict[str, tuple[Callable[[HookedModel, Any, Any], object], type[Exception], str]] = {
