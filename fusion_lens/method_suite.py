@@ -267,8 +267,9 @@ class Suite:
         return [linear_act(self.model, *sides, site=site, progress=False)]
 
     def _end_to_end(self) -> list[Plan]:
-        sides = (self.texts[kind] for kind in ("source", "target", "control"))
-        return [train(self.model, *sides, Training(seed=self.seed), progress=False).plan]
+        source, target, control = (self.texts[kind] for kind in KINDS)
+        config = Training(seed=self.seed)
+        return [train(self.model, source, target, control, config, progress=False).plan]
 
     def austeer(
         self, site: str, k: int, ranking: Callable[[Momenta], Int[Tensor, "unit 2"]] | None = None
