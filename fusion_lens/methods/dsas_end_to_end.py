@@ -48,14 +48,18 @@ _ROWS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How gate and map are trained: by Adam at `rate`, in each of `steps` on `batch_size` source
-    texts and as many control texts, drawn by `seed`, and on all target texts."""
+    """How gate and map are trained: by Adam, in each of `steps` on `batch_size` source texts and as
+    many control texts, drawn by `seed`, and on all target texts.
+
+    `rate` is about how far a step moves each parameter; that of beta is in units of the
+    activations, so that a model whose activations are large needs a larger rate or more steps.
+    """
 
     site: str = "resid_post"
     kind: str = "sigmoid"
     weight: float = 10.0
     steps: int = 200
-    rate: float = 0.01
+    rate: float = 0.03
     batch_size: int = 16
     seed: int = 0
 

@@ -11,8 +11,19 @@ from engine import largest_gap, same_bits, written
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from fusion_lens.decoding import Row
+from fusion_lens.atlas import CONTRASTS
+from fusion_lens.contrast_texts import example_texts
+from fusion_lens.contrasts import (
+    KINDS,
+    changed,
+    load_contrasts,
+    of_kind,
+    require_parts,
+    shown,
+)
+from fusion_lens.decoding import GenerationConfig, Row
 from fusion_lens.errors import ActivationError, ConfigError, PlanError, SpanError
+from fusion_lens.generation import generate
 from fusion_lens.hooks import fwd_hooks
 from fusion_lens.methods.dsas import FittedGate, fit_gate
 from fusion_lens.methods.dsas_end_to_end import Trained, Training, train
@@ -126,6 +137,26 @@ def test_the_control_term_keeps_the_controls(tiny: HookedModel) -> None:
     free, held = (quick(tiny, weight=weight, steps=25) for weight in (0.0, 20.0))
     assert held.damage[-1] < 0.5 * free.damage[-1]
     assert held.transport[-1] < 0.9 * held.transport[0]
+
+
+def test_training_moves_the_behaviour_of_atlas_and_keeps_its_controls(atlas: HookedModel) -> None:
+    parts = require_parts(load_contrasts(CONTRASTS / "sources.jsonl"), parts=("fit", "choose"))
+    fitted_on = [example_texts(atlas, of_kind(parts["fit"], kind)) for kind in KINDS]
+    source, control = (of_kind(parts["choose"], kind) for kind in ("source", "control"))
+    start = fit_gate(*(record_at(atlas, fitted_on[n], tokens="mean") for n in (0, 2)))
+    appeals, changes = {}, {}
+    for weight in (0.0, 10.0):
+        config = Training(steps=30, rate=0.1, batch_size=8, weight=weight)
+        plan = train(atlas, *fitted_on, config, start=start, progress=False).plan * 1.5
+        rows = [Row(tokenize(atlas, example.prompt), plan) for example in source + control]
+        done = generate(atlas, rows, GenerationConfig(max_new_tokens=48))
+        told = [completion.text for completion in done]
+        appeals[weight] = sum(map(shown, source, told[: len(source)])) / len(source)
+        changes[weight] = sum(map(changed, control, told[len(source) :])) / len(control)
+    # unsteered: 1 and 0, by selection
+    assert max(appeals.values()) <= 0.2
+    assert changes[0.0] >= 0.4
+    assert changes[10.0] <= 0.15
 
 
 def test_the_model_is_given_back_as_it_was(tiny: HookedModel, untouched: Any) -> None:
