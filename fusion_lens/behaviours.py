@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fusion_lens.contrasts import Example, of_kind, shown
 from fusion_lens.decoding import Completion, GenerationConfig, Row
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import ContrastError
+from fusion_lens.errors import ContrastError, PlanError
 from fusion_lens.generation import check_context, generate, with_shape
 from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import HookedModel
@@ -96,7 +96,8 @@ class Behaviour:
         read = [self._prompt(prompt) for prompt in prompts]
         for prompt in read:
             check_context(model, prompt, max_new_tokens)
-        self._settings = with_shape(model, read, GenerationConfig(max_new_tokens=max_new_tokens))
+        settings = GenerationConfig(max_new_tokens=max_new_tokens)
+        self._settings = with_shape(model, read, settings, n_rows=_WAYS * len(read))
         self._plain = written = self._write([UNSTEERED], paraphrased=True)[0]
         self._shows = [
             shown(source, done.text)
@@ -129,9 +130,16 @@ class Behaviour:
         the number of ways done so far.
 
         Raises:
-            PlanError: if a plan belongs to another model.
+            PlanError: if a plan belongs to another model, or a way has another number of plans than
+                none, one, or one for each source.
             ContextLengthError: if a prefix leaves no room.
         """
+        for way in ways:
+            if len(way.plans) not in (0, 1, len(self.sources)):
+                raise PlanError(
+                    f"a way must have no plan, one, or one for each of the {len(self.sources)} "
+                    f"sources, but got {len(way.plans)}."
+                )
         observed = []
         for start in range(0, len(ways), _WAYS):
             some = ways[start : start + _WAYS]
@@ -168,7 +176,7 @@ class Behaviour:
                 for source, _, done, shows, _, _ in of_sources
             ),
             wanted=tuple(
-                None if target is None else float(shown(target, done.text))
+                None if target is None or target.marker is None else float(shown(target, done.text))
                 for _, target, done, _, _, _ in of_sources
             ),
             transfer=tuple(

@@ -583,8 +583,8 @@ def compare_methods(
 
     from fusion_lens.atlas import UNRELATED
     from fusion_lens.divergence import unrelated_texts
+    from fusion_lens.front_plots import plot_fronts
     from fusion_lens.method_bench import compare_methods as compare
-    from fusion_lens.method_plots import plot_fronts
     from fusion_lens.method_suite import METHODS
     from fusion_lens.pictures import write_figures
     from fusion_lens.progress import bars

@@ -10,6 +10,7 @@
 | What was each coefficient worth, and which mattered? | `plot_search`, `plot_importance`, `plot_front` |
 | Which features does a plan move, where, at which tokens, and do they do the work? | `plot_top_features`, `plot_layer_features`, `plot_token_features`, `plot_faithfulness` |
 | Which units does a method keep, and how much of a step does each token get? | `plot_units`, `plot_gate` |
+| What does each method do, what does it cost, and how few units are enough? | `plot_fronts`, `plot_units_curve` |
 | What did each arm of a run do, and by how much more than the others? | `plot_scores`, `plot_differences`, `plot_reach`, `plot_coeffs`; `run_figures` gives all of a run |
 """  # noqa: E501
 
@@ -22,6 +23,8 @@ from fusion_lens.feature_plots import plot_faithfulness as plot_faithfulness
 from fusion_lens.feature_plots import plot_layer_features as plot_layer_features
 from fusion_lens.feature_plots import plot_token_features as plot_token_features
 from fusion_lens.feature_plots import plot_top_features as plot_top_features
+from fusion_lens.front_plots import plot_fronts as plot_fronts
+from fusion_lens.front_plots import plot_units_curve as plot_units_curve
 from fusion_lens.method_plots import plot_gate as plot_gate
 from fusion_lens.method_plots import plot_units as plot_units
 from fusion_lens.run_plots import plot_coeffs as plot_coeffs

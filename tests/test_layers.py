@@ -56,7 +56,7 @@ LAYERS = (
     {"transfer", "selection", "faithfulness", "tracing"},
     {
         *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
-        *{"report_data", "method_plots"},
+        *{"report_data", "method_plots", "front_plots"},
     },
     {"run_plots"},
     {"plots"},
@@ -100,7 +100,7 @@ DOORS = {
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
-        *{"report_page", "method_plots"},
+        *{"report_page", "method_plots", "front_plots"},
     },
     "jinja2": {"report_page"},
     "rich": {"tables", "results", "cli"},

@@ -24,6 +24,7 @@ from records import (
     tuned,
 )
 from test_attribution import linear
+from test_front_plots import bench_of, curve_of
 
 import fusion_lens.plots as plots
 from fusion_lens.attribution import Attribution, effects_between
@@ -38,6 +39,7 @@ from fusion_lens.plots import (
     plot_differences,
     plot_faithfulness,
     plot_front,
+    plot_fronts,
     plot_gate,
     plot_generic_share,
     plot_importance,
@@ -54,6 +56,7 @@ from fusion_lens.plots import (
     plot_tokens,
     plot_top_features,
     plot_units,
+    plot_units_curve,
     run_figures,
 )
 from fusion_lens.run_plots import ARM_COLOURS
@@ -187,6 +190,12 @@ MAKERS: dict[str, Make] = {
     "units of all": lambda names: units(names, 24),
     "units without momenta": lambda names: units(names, 5, told=False),
     "gate": gate,
+    "fronts": lambda names: plot_fronts(bench_of(names, ("", "dsas", "permuted", "constant"))),
+    "fronts of one": lambda names: plot_fronts(bench_of(names[:1], ("",))),
+    "fronts of twelve": lambda names: plot_fronts(
+        bench_of([f"{name}{n}" for n in range(3) for name in names], ("", "dsas"))
+    ),
+    "units_curve": lambda names: plot_units_curve(curve_of(names), y=names[0]),
     "faithfulness_question": lambda _: plot_faithfulness(gains("question")),
 }
 SUMMARISING = {name for name in MAKERS if name not in ("tokens", "search")}
@@ -266,7 +275,7 @@ def test_title_subtitle_and_axes_say_what_is_shown(name: str, figures: dict[str,
     headings = [note.text for note in layout.annotations]
     if name in SUMMARISING:
         assert re.search(r"\bn = \d", " ".join([told, *headings])), told
-    if name.split("_")[0] in ("scores", "reach", "differences", "faithfulness"):
+    if re.split("[_ ]", name)[0] in ("scores", "reach", "differences", "faithfulness", "fronts"):
         assert "95 % cluster bootstrap" in told
     for key in layout:
         axis = layout[key] if key[1:].startswith("axis") else None
@@ -309,7 +318,7 @@ def test_hostile_text_is_escaped_wherever_plotly_would_read_it(
         assert re.search(r"&(?!(amp|lt|gt|#36);)", value) is None, (at, value)
         assert "$" not in value, (at, value)
     # escaped, not dropped; one line's ids are of no use where nobody is named
-    if re.split("[_ ]", name)[0] not in (
+    if name == "units_curve" or re.split("[_ ]", name)[0] not in (
         "faithfulness",
         "layer",
         "generic",
