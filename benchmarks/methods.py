@@ -45,7 +45,7 @@ from fusion_lens.results import Result
 from fusion_lens.search import SearchConfig
 from fusion_lens.statistics import cluster_bootstrap, compare
 from fusion_lens.teacher_forcing import Text, log_probs
-from fusion_lens.units import Momenta, random_ranking, ranking_by_mean
+from fusion_lens.units import random_ranking, ranking_by_mean
 
 FOLDER = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -422,14 +422,19 @@ def _tables_of_gates(found: dict[str, Any]) -> list[tuple[list[str], list[list[s
 
 def _tables_of_units(found: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     accuracy = [
-        [row["set"], row["site"], row["ranking"], str(row["k"]), _interval(row["accuracy"])]
-        + [_interval(row["margin"], share=False), _told(row["alphas"])]
+        [
+            *(row["set"], row["site"], row["ranking"], str(row["k"])),
+            *(_interval(row["accuracy"]), _interval(row["margin"], share=False)),
+            _told(row["alphas"]),
+        ]
         for row in found["accuracy"]
     ]
     written = [
-        [row["site"], row["ranking"], str(row["k"])]
-        + [_interval(row[name]) for name in ("effect", "transfer", "kept")]
-        + [_told(row["alphas"])]
+        [
+            *(row["site"], row["ranking"], str(row["k"])),
+            *(_interval(row[name]) for name in ("effect", "transfer", "kept")),
+            _told(row["alphas"]),
+        ]
         for row in found["written"]
     ]
     first = ["set", "site", "units by", "k", "target likelier", "margin, nats", "alpha"]

@@ -64,7 +64,8 @@ def iti(
 
     Raises:
         ContrastError: if the rows are no pairs, or fewer than two for each fold.
-        ActivationError: if they are of another site, the width is no multiple of `n_heads`, or no head has a theta.
+        ActivationError: if they are of another site, the width is no multiple of `n_heads`, or no
+            head has a theta.
         ConfigError: if `n_kept` is below 1, or `groups` has another length or fewer groups than
             folds.
 
