@@ -95,7 +95,9 @@ def gates(model: HookedModel) -> dict[str, Any]:
     benches = []
     for seed in SEEDS:
         examples = shipped("sources", seed)
-        measure = partial(compare_methods, model, examples, unrelated=unrelated, seed=seed)
+        measure = partial(
+            compare_methods, model, examples, units=(10, 100), unrelated=unrelated, seed=seed
+        )
         others = [method for method in METHODS if method not in CONTROLLED]
         rich = measure(methods=CONTROLLED, gates=("dsas", "permuted", "constant"), progress=False)
         plain = measure(methods=others, progress=False)

@@ -208,16 +208,16 @@ def compare_methods(
         for done, method in enumerate(methods):
             if show is not None:
                 show("methods", done, len(methods))
-            tried, at = _best_variant(suite, choose, method, parts["choose"])
-            line = tried
-            if method in PER_PROMPT:
-                (line,) = suite.lines(method, parts["report"], variant=tried.variant)
-            reported.append(_read(report, line, at))
-            for gate in gates:
-                judged, own = (suite.gated_line(each, gate) for each in (tried, line))
-                if judged is not None and own is not None:
-                    at, _ = _best(choose.observe(judged.ways, paraphrased=False))
-                    reported.append(_read(report, own, at))
+            for tried, at in _best_variants(suite, choose, method, parts["choose"]):
+                line = tried
+                if method in PER_PROMPT:
+                    (line,) = suite.lines(method, parts["report"], variant=tried.variant)
+                reported.append(_read(report, line, at))
+                for gate in gates:
+                    judged, own = (suite.gated_line(each, gate) for each in (tried, line))
+                    if judged is not None and own is not None:
+                        at, _ = _best(choose.observe(judged.ways, paraphrased=False))
+                        reported.append(_read(report, own, at))
         if show is not None:
             show("methods", len(methods), len(methods))
     of_sources, of_controls = (
@@ -232,17 +232,16 @@ def compare_methods(
     return MethodBench(tuple(points), tuple(reported), of_sources, of_controls, seed)
 
 
-def _best_variant(
+def _best_variants(
     suite: Suite, choose: Behaviour, method: str, asked: Sequence[Example]
-) -> tuple[Line, int]:
-    """The variant with the best strength, and which strength that is."""
-    best: tuple[float, Line, int] | None = None
+) -> list[tuple[Line, int]]:
+    """Of each name the variant with the best strength, and which strength that is."""
+    best: dict[str, tuple[float, Line, int]] = {}
     for line in suite.lines(method, asked):
         at, score = _best(choose.observe(line.ways, paraphrased=False))
-        if best is None or score > best[0]:
-            best = score, line, at
-    assert best is not None, method
-    return best[1], best[2]
+        if line.method not in best or score > best[line.method][0]:
+            best[line.method] = score, line, at
+    return [(line, at) for _, line, at in best.values()]
 
 
 def _best(observed: Sequence[Observed]) -> tuple[int, float]:

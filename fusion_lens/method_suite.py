@@ -131,6 +131,7 @@ class Suite:
         self, method: str, asked: Sequence[Example], *, variant: str | None = None
     ) -> list[Line]:
         """All variants of a method, or one of them, to steer the sources and controls of `asked`.
+        AUSteer is a method of its own for every number of units, "austeer_10".
 
         Raises:
             ConfigError: if there is no such method.
@@ -138,12 +139,12 @@ class Suite:
         """
         one_of("method", method, METHODS)
         lines = []
-        for name, fit in self._variants(method, asked):
-            if variant in (None, name):
+        for name, own, fit in self._variants(method, asked):
+            if variant in (None, own):
                 self._spent, began = 0.0, time.perf_counter()
                 fitted = fit()
                 seconds = time.perf_counter() - began + self._spent
-                lines.append(_line(method, name, fitted, seconds))
+                lines.append(_line(name, own, STRENGTHS[method], fitted, seconds))
         return lines
 
     def gate(self, site: str, *, permuted: bool = False) -> FittedGate:
@@ -193,33 +194,34 @@ class Suite:
 
     def _variants(
         self, method: str, asked: Sequence[Example]
-    ) -> Iterator[tuple[str, Callable[[], Fitted]]]:
+    ) -> Iterator[tuple[str, str, Callable[[], Fitted]]]:
+        """Name, variant, and what fits it."""
         layers = range(int(self.model.cfg.n_layers))
         if method == "prompting":
-            yield "", self._demonstrations
+            yield method, "", self._demonstrations
         elif method in ("fusion", "generic"):
-            yield "", partial(self._fusion, method, asked)
+            yield method, "", partial(self._fusion, method, asked)
         elif method in ("fusion_masked", "generic_masked"):
             for k in self.units:
                 base = method.removesuffix("_masked")
-                yield f"{k} units", partial(self._fusion, base, asked, k)
+                yield method, f"{k} units", partial(self._fusion, base, asked, k)
         elif method in ("caa", "act_add"):
             fit = self._caa if method == "caa" else self._act_add
             for layer in layers:
-                yield f"layer {layer}", partial(fit, layer)
+                yield method, f"layer {layer}", partial(fit, layer)
         elif method in ("control_mean", "control_pca"):
-            yield "", partial(self._control_vectors, method.removeprefix("control_"))
+            yield method, "", partial(self._control_vectors, method.removeprefix("control_"))
         elif method == "iti":
-            yield "", self._iti
+            yield method, "", self._iti
         elif method == "dsas_end_to_end":
-            yield "", self._end_to_end
+            yield method, "", self._end_to_end
         elif method == "linear_act":
             for site in SITES:
-                yield site, partial(self._linear_act, site)
+                yield method, site, partial(self._linear_act, site)
         else:
             for site in SITES:
                 for k in self.units:
-                    yield f"{site}, {k} units", partial(self.austeer, site, k)
+                    yield f"austeer_{k}", site, partial(self.austeer, site, k)
 
     def _demonstrations(self) -> list[str]:
         counts = [int(n) for n in STRENGTHS["prompting"]]
@@ -334,8 +336,13 @@ def count_scalars(plan: Plan) -> int:
     return total
 
 
-def _line(method: str, variant: str, fitted: Fitted, seconds: float) -> Line:
-    strengths = STRENGTHS[method]
+def _line(
+    method: str,
+    variant: str,
+    strengths: tuple[float | int, ...],
+    fitted: Fitted,
+    seconds: float,
+) -> Line:
     plans = [own for own in fitted if isinstance(own, Plan)]
     if plans:
         ways = [Way(tuple(plan * strength for plan in plans)) for strength in strengths]
