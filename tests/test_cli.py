@@ -11,8 +11,10 @@ import pytest
 from conftest import strong_plan
 
 from fusion_lens import arms, cli
-from fusion_lens.arms import ARMS
+from fusion_lens.arms import DEFAULT_ARMS
+from fusion_lens.atlas import CONTRASTS
 from fusion_lens.cli_inputs import typed_command
+from fusion_lens.contrasts import KINDS, PARTS, load_contrasts, of_kind, save_contrasts
 from fusion_lens.models import load_model
 from fusion_lens.plan_files import save_plan
 from fusion_lens.results import load_results
@@ -216,7 +218,7 @@ def test_a_run_is_reported_again_and_compared_with_another(
     code, out, _ = command(*run, "--out", tmp_path / "one")
     assert code == 0
     arms_shown = {line.split()[0] for line in out.splitlines() if line.strip()}
-    assert set(ARMS) <= arms_shown
+    assert set(DEFAULT_ARMS) <= arms_shown
     for said in (
         "paraphrases right",
         "KL, nats/token",
@@ -427,3 +429,92 @@ def test_help_names_the_commands_without_loading_transformer_lens() -> None:
     assert done.returncode == 0, done.stderr
     for name in ("run", "tune", "generate", "questions"):
         assert f" {name} " in done.stdout
+
+
+@pytest.fixture
+def few_sources(tmp_path):
+    """Ten sources, targets and controls of each part of Atlas' set."""
+    everything = load_contrasts(CONTRASTS / "sources.jsonl")
+    few = [
+        example
+        for part in PARTS
+        for kind in KINDS
+        for example in of_kind([each for each in everything if each.part == part], kind)[:10]
+    ]
+    save_contrasts(few, tmp_path / "few.jsonl")
+    return tmp_path / "few.jsonl"
+
+
+def test_methods_are_compared_on_a_file_of_contrasts(command, few_sources, tmp_path) -> None:
+    code, out, _ = command(
+        *("compare-methods", "--contrasts", few_sources, "--methods", "generic,prompting"),
+        *("--json", tmp_path / "methods.json", "--out", tmp_path / "figures"),
+        *("--max-new-tokens", 40),
+    )
+    assert code == 0
+    records = json.loads((tmp_path / "methods.json").read_text())
+    asked = {"method", "strength", "effect", "nll", "transfer", "specificity", "n_scalars"}
+    assert all(asked | {"seconds", "n", "low", "high"} <= record.keys() for record in records)
+    unsteered, *others = records
+    assert (unsteered["method"], unsteered["effect"], unsteered["specificity"]) == (
+        "unsteered",
+        0.0,
+        1.0,
+    )
+    lines = {(record["method"], record["gate"]) for record in others}
+    assert lines == {("generic", ""), ("generic", "dsas"), ("prompting", "")}
+    for line in lines:
+        own = [record for record in others if (record["method"], record["gate"]) == line]
+        assert len(own) == 6
+        assert sum(record["chosen"] for record in own) == 1
+        assert all(record["low"] <= record["effect"] <= record["high"] for record in own)
+    strong = {
+        record["gate"]: record
+        for record in others
+        if record["method"] == "generic" and record["strength"] == 0.4
+    }
+    assert strong[""]["effect"] == 1.0
+    assert strong["dsas"]["specificity"] > strong[""]["specificity"]
+    assert strong["dsas"]["kl"] < strong[""]["kl"]
+    assert strong["dsas"]["n_scalars"] > strong[""]["n_scalars"] == 6 * 192
+    assert "generic + dsas gate, at equal effect" in out
+    assert (tmp_path / "figures" / "fronts.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--methods", "magic"), "method must be one of prompting, "),
+        (("--gates", "golden"), "gate must be one of dsas, permuted, constant"),
+        (("--units", "1,x"), "units must be whole numbers as 1,10,100, but got '1,x'"),
+        (("--contrasts", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--model", "somebody/some-model"), "needs contrasts of its own; give --contrasts FILE"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_one_line(command, arguments, says) -> None:
+    code, out, err = command("compare-methods", *arguments)
+    assert (code, out) == (1, "")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_gated_run_fits_its_gate_on_the_other_split(command, tmp_path) -> None:
+    code, _, _ = command(
+        *("run", "--arms", "baseline,masked,gated", "--limit", 2, "--trials", 4, "--no-reach"),
+        *("--dictionary", "none", "--out", tmp_path / "run"),
+    )
+    assert code == 0
+    results = load_results(tmp_path / "run")
+    assert [record.arm for record in results.records] == ["baseline", "masked", "gated"] * 2
+    gate = results.summary["provenance"]["settings"]["gate"]
+    assert gate["n_source"] == 100
+    assert gate["n_control"] > 50
+    assert any(gate["open"])
+
+
+def test_a_gated_run_without_another_split_is_refused(command, questions, tmp_path) -> None:
+    code, _, err = command(
+        *("run", "--questions", questions, "--arms", "gated", "--out", tmp_path / "run")
+    )
+    assert code == 1
+    assert "a gate must be fitted on questions" in err
