@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from fusion_lens.atlas import QUESTIONS
+from fusion_lens.atlas import CONTRASTS, QUESTIONS
+from fusion_lens.contrasts import KINDS, load_contrasts, of_kind, require_parts
+from fusion_lens.fronts import kept_at
+from fusion_lens.method_bench import compare_methods
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.questions import Question, load_questions, save_questions
 from fusion_lens.search import SearchConfig
@@ -116,3 +120,57 @@ def test_gold_answers_that_pass_for_anothers_are_counted_in_both_orders(script) 
         for n, text in enumerate(["1990", "March 3, 1990", "Ada Lovelace", "Ada", "7"])
     ]
     assert list(pairs.ambiguous_pairs(golds)) == [(0, 1), (1, 0), (2, 3), (3, 2)]
+
+
+def test_people_are_dealt_to_parts_anew_and_stay_apart(script) -> None:
+    methods = script("methods")
+    for name in ("sources", "context"):
+        shipped = methods.shipped(name, 0)
+        assert shipped == load_contrasts(CONTRASTS / f"{name}.jsonl")
+        for seed in (1, 2):
+            dealt = methods.shipped(name, seed)
+            assert [replace(each, part=None) for each in dealt] == [
+                replace(each, part=None) for each in shipped
+            ]
+            moved = sum(a.part != b.part for a, b in zip(dealt, shipped, strict=True))
+            assert moved > 100
+            assert dealt == methods.shipped(name, seed)
+            parts = require_parts(dealt, least=20)  # raises where parts share a person
+            people = {part: {each.subject for each in own} for part, own in parts.items()}
+            before = require_parts(shipped)
+            for part, own in people.items():
+                assert len(own) == len({each.subject for each in before[part]})
+
+
+def test_figures_are_pooled_over_seeds(script, atlas) -> None:
+    methods = script("methods")
+    benches = []
+    for seed in (0, 1):
+        parts = require_parts(methods.shipped("sources", seed))
+        few = [
+            each
+            for own in parts.values()
+            for kind in KINDS
+            for each in of_kind(own, kind)[: 10 if own is not parts["fit"] else 40]
+        ]
+        benches.append(
+            compare_methods(
+                atlas, few, methods=("generic",), max_new_tokens=40, seed=seed, progress=False
+            )
+        )
+    name = "generic + dsas gate"
+    row = methods.pooled_point(benches, name)
+    seen = [bench.line(name).observed[bench.line(name).chosen] for bench in benches]
+    kept = [value for own in seen for value in own.kept]
+    assert row["kept"]["n"] == len(kept) == 20
+    assert row["kept"]["mean"] == pytest.approx(sum(kept) / 20)
+    matched = methods.pooled_matched(benches, name, "generic")
+    assert [at["level"] for at in matched] == list(methods.LEVELS)
+    both = [[p for p in bench.points if p.name == "generic"] for bench in benches]
+    effects = [(one.effect + two.effect) / 2 for one, two in zip(*both, strict=True)]
+    keeps = [(one.specificity + two.specificity) / 2 for one, two in zip(*both, strict=True)]
+    assert matched[1]["kept_b"] == pytest.approx(kept_at(effects, keeps, 0.5))
+    found = {"chosen": [row], "matched": matched}
+    text = methods.markdown("gates", found)
+    assert f"| {name} | generic | " in text
+    assert text.count("\n\n") == 1
