@@ -12,7 +12,7 @@ and what training makes small is the sum over layers of
 
 W1 is the Wasserstein-1 distance between texts' means over their tokens; everything is read behind
 the layer's own step, in a run that is steered below. The paper publishes neither weight nor
-optimiser: how the defaults were chosen on Atlas is told in docs/negative_results.md.
+optimiser: the defaults were chosen on Atlas (docs/method.md, docs/negative_results.md).
 """
 
 from __future__ import annotations
