@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,8 @@ from fusion_lens.prompts import NO_PROMPT
 from fusion_lens.site_activations import SiteActivations, record_at
 from fusion_lens.teacher_forcing import Text
 from fusion_lens.units import Momenta, consistent, unit_mask
+
+T = TypeVar("T")
 
 GATES = ("dsas", "permuted", "constant")
 FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
@@ -138,9 +141,7 @@ class Suite:
         lines = []
         for name, fit in self._variants(method, asked):
             if variant in (None, name):
-                self._spent, began = 0.0, time.perf_counter()
-                fitted = fit()
-                seconds = time.perf_counter() - began + self._spent
+                fitted, seconds = self._timed(fit)
                 lines.append(_line(method, name, fitted, seconds))
         return lines
 
@@ -167,19 +168,23 @@ class Suite:
         plans = [plan for way in line.ways for plan in way.plans]
         if not plans:
             return None
-        began = time.perf_counter()
-        (site,) = plans[0].sites
-        gate = self.gate(site, permuted=kind == "permuted")
+        gate, seconds = self._timed(lambda: self._gate_of(plans[0], kind))
         if not bool(gate.gate.open.any()):
             return None
-        if kind == "constant":
-            gate = constant_gate(gate, self._mean_gate(gate, plans[0]))
         ways = tuple(
             replace(way, plans=tuple(gated(plan, gate) for plan in way.plans)) for way in line.ways
         )
-        seconds = line.seconds + time.perf_counter() - began
         n_scalars = count_scalars(ways[0].plans[0])
-        return replace(line, ways=ways, gate=kind, n_scalars=n_scalars, seconds=seconds)
+        return replace(
+            line, ways=ways, gate=kind, n_scalars=n_scalars, seconds=line.seconds + seconds
+        )
+
+    def _gate_of(self, plan: Plan, kind: str) -> FittedGate:
+        (site,) = plan.sites
+        gate = self.gate(site, permuted=kind == "permuted")
+        if kind == "constant" and bool(gate.gate.open.any()):
+            return constant_gate(gate, self._mean_gate(gate, plan))
+        return gate
 
     def _mean_gate(self, gate: FittedGate, plan: Plan) -> Float[Tensor, " layer"]:
         """Over all tokens that are steered, of sources and controls, unsteered."""
@@ -287,6 +292,12 @@ class Suite:
             )
         return self.pairs
 
+    def _timed(self, fit: Callable[[], T]) -> tuple[T, float]:
+        """What it gives, in how many seconds: those of a recording count for all who use it."""
+        self._spent, began = 0.0, time.perf_counter()
+        found = fit()
+        return found, time.perf_counter() - began + self._spent
+
     def _record(self, what: str, site: str, tokens: str) -> SiteActivations:
         key = (what, site, tokens)
         if key not in self._known:
@@ -321,7 +332,7 @@ def count_scalars(plan: Plan) -> int:
             bounds = [own for own in (step.low, step.high) if own is not None]
             total += sum(int(own[move.active].isfinite().sum()) for own in bounds)
         if move.gate is not None:
-            total += int(move.active.sum()) * (move.gate.theta.shape[1] + 1)
+            total += int((move.gate.theta[move.active] != 0).sum()) + int(move.active.sum())
     return total
 
 
