@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ from fusion_lens.contrasts import KINDS, Example, of_kind
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ContrastError, one_of
-from fusion_lens.gate_values import gate_values
+from fusion_lens.gate_values import gate_values, mean_gate
 from fusion_lens.methods.act_add import act_add
 from fusion_lens.methods.austeer import austeer, momenta
 from fusion_lens.methods.caa import caa
@@ -40,9 +41,11 @@ from fusion_lens.site_activations import SiteActivations, record_at
 from fusion_lens.teacher_forcing import Text
 from fusion_lens.units import Momenta, consistent, unit_mask
 
+T = TypeVar("T")
+
 GATES = ("dsas", "permuted", "constant")
 FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
-LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.5)
+LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 ONE_LAYER = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
 STRENGTHS = {
     "prompting": (1, 2, 3, 4, 6, 8),
@@ -141,9 +144,7 @@ class Suite:
         lines = []
         for name, own, fit in self._variants(method, asked):
             if variant in (None, own):
-                self._spent, began = 0.0, time.perf_counter()
-                fitted = fit()
-                seconds = time.perf_counter() - began + self._spent
+                fitted, seconds = self._timed(fit)
                 lines.append(_line(name, own, STRENGTHS[method], fitted, seconds))
         return lines
 
@@ -170,27 +171,30 @@ class Suite:
         plans = [plan for way in line.ways for plan in way.plans]
         if not plans or any(step.gate is not None for step in plans[0].steps):
             return None
-        began = time.perf_counter()
-        (site,) = plans[0].sites
-        gate = self.gate(site, permuted=kind == "permuted")
+        gate, seconds = self._timed(lambda: self._gate_of(plans[0], kind))
         if not bool(gate.gate.open.any()):
             return None
-        if kind == "constant":
-            gate = constant_gate(gate, self._mean_gate(gate, plans[0]))
         ways = tuple(
             replace(way, plans=tuple(gated(plan, gate) for plan in way.plans)) for way in line.ways
         )
-        seconds = line.seconds + time.perf_counter() - began
         n_scalars = count_scalars(ways[0].plans[0])
-        return replace(line, ways=ways, gate=kind, n_scalars=n_scalars, seconds=seconds)
+        return replace(
+            line, ways=ways, gate=kind, n_scalars=n_scalars, seconds=line.seconds + seconds
+        )
+
+    def _gate_of(self, plan: Plan, kind: str) -> FittedGate:
+        (site,) = plan.sites
+        gate = self.gate(site, permuted=kind == "permuted")
+        if kind == "constant" and bool(gate.gate.open.any()):
+            return constant_gate(gate, self._mean_gate(gate, plan))
+        return gate
 
     def _mean_gate(self, gate: FittedGate, plan: Plan) -> Float[Tensor, " layer"]:
         """Over all tokens that are steered, of sources and controls, unsteered."""
         idle = gated(plan * 0.0, gate)
         texts = [replace(t, plan=idle) for kind in ("source", "control") for t in self.texts[kind]]
         read = gate_values(self.model, texts, log=self.log)
-        values = torch.cat([own.values for (own, *_) in read], dim=1)
-        return values.nanmean(dim=1).nan_to_num(0.5)
+        return mean_gate([own for text in read for own in text])
 
     def _variants(
         self, method: str, asked: Sequence[Example]
@@ -214,7 +218,8 @@ class Suite:
         elif method == "iti":
             yield method, "", self._iti
         elif method == "dsas_end_to_end":
-            yield method, "", self._end_to_end
+            for site in SITES:
+                yield method, site, partial(self._end_to_end, site)
         elif method == "linear_act":
             for site in SITES:
                 yield method, site, partial(self._linear_act, site)
@@ -268,9 +273,9 @@ class Suite:
         sides = self.texts["source"], self.texts["target"]
         return [linear_act(self.model, *sides, site=site, progress=False)]
 
-    def _end_to_end(self) -> list[Plan]:
+    def _end_to_end(self, site: str) -> list[Plan]:
         source, target, control = (self.texts[kind] for kind in KINDS)
-        config = Training(seed=self.seed)
+        config = Training(site=site, seed=self.seed)
         return [train(self.model, source, target, control, config, progress=False).plan]
 
     def austeer(
@@ -297,6 +302,12 @@ class Suite:
                 "but no two prompts are the same."
             )
         return self.pairs
+
+    def _timed(self, fit: Callable[[], T]) -> tuple[T, float]:
+        """What it gives, in how many seconds: those of a recording count for all who use it."""
+        self._spent, began = 0.0, time.perf_counter()
+        found = fit()
+        return found, time.perf_counter() - began + self._spent
 
     def _record(self, what: str, site: str, tokens: str) -> SiteActivations:
         key = (what, site, tokens)
@@ -332,7 +343,7 @@ def count_scalars(plan: Plan) -> int:
             bounds = [own for own in (step.low, step.high) if own is not None]
             total += sum(int(own[move.active].isfinite().sum()) for own in bounds)
         if move.gate is not None:
-            total += int(move.active.sum()) * (move.gate.theta.shape[1] + 1)
+            total += int((move.gate.theta[move.active] != 0).sum()) + int(move.active.sum())
     return total
 
 
