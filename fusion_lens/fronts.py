@@ -3,7 +3,7 @@
 A method that steers harder has more effect and does more damage: two methods are compared where
 their effects are equal. A front holds the points that no other beats on both sides, the unsteered
 model among them (effect 0, all kept); between two of its points what is kept is interpolated
-linearly, beyond its largest effect it is not known.
+linearly, as if each had a share of the prompts; beyond its largest effect it is not known.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class MethodBench(Shows):
                 if other in names
                 for at in self.matched(own.line.name, other)
             )
-            header = ("against", "effect", "kept, gated", "kept", "difference")
+            header = ("against", "effect", "kept, gated", "kept", "difference, points")
             sections.append(Section(f"{own.line.name}, at equal effect", header, rows))
         return sections
 
@@ -312,11 +312,11 @@ def _difference(at: Matched) -> str:
     if at.diff is None:
         return "not reached"
     if at.low is None or at.high is None:
-        return f"{at.diff:+.0%}"
-    return f"{at.diff:+.0%} ({at.low:+.0%} to {at.high:+.0%})"
+        return f"{100 * at.diff:+.0f}"
+    return f"{100 * at.diff:+.0f} [{100 * at.low:+.0f}, {100 * at.high:+.0f}]"
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return _share(value)
-    return f"{_share(value)} ({low:.0%} to {high:.0%})"
+    return f"{_share(value)} [{low:.0%}, {high:.0%}]"

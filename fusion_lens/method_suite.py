@@ -194,7 +194,9 @@ class Suite:
         idle = gated(plan * 0.0, gate)
         texts = [replace(t, plan=idle) for kind in ("source", "control") for t in self.texts[kind]]
         read = gate_values(self.model, texts, log=self.log)
-        return mean_gate([own for text in read for own in text])
+        means = mean_gate([own for text in read for own in text])
+        # a layer that the plan leaves alone has no mean, and needs none
+        return means.nan_to_num(0.5)
 
     def _variants(
         self, method: str, asked: Sequence[Example]
