@@ -216,7 +216,7 @@ def compare_methods(
             for gate in gates:
                 judged, own = (suite.gated_line(each, gate) for each in (tried, line))
                 if judged is not None and own is not None:
-                    at, _ = _best(choose.observe(judged.ways, paraphrased=False))
+                    at, _ = _best_strength(choose, judged)
                     reported.append(_read(report, own, at))
         if show is not None:
             show("methods", len(methods), len(methods))
@@ -238,15 +238,16 @@ def _best_variant(
     """The variant with the best strength, and which strength that is."""
     best: tuple[float, Line, int] | None = None
     for line in suite.lines(method, asked):
-        at, score = _best(choose.observe(line.ways, paraphrased=False))
+        at, score = _best_strength(choose, line)
         if best is None or score > best[0]:
             best = score, line, at
     assert best is not None, method
     return best[1], best[2]
 
 
-def _best(observed: Sequence[Observed]) -> tuple[int, float]:
+def _best_strength(choose: Behaviour, line: Line) -> tuple[int, float]:
     """The place of the best strength, the weaker of two that are equal, and its score."""
+    observed = choose.observe(line.ways, paraphrased=False, likelihood=False)
     scores = [(_mean(own.effect) or 0.0) + (_mean(own.kept) or 0.0) for own in observed]
     return scores.index(max(scores)), max(scores)
 
