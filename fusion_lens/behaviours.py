@@ -124,10 +124,11 @@ class Behaviour:
         ways: Sequence[Way],
         *,
         paraphrased: bool = True,
+        likelihood: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> list[Observed]:
-        """What each way does; without `paraphrased` transfer is unscored. `progress` is called with
-        the number of ways done so far.
+        """What each way does; without `paraphrased` transfer is unscored, without `likelihood` nll.
+        `progress` is called with the number of ways done so far.
 
         Raises:
             PlanError: if a plan belongs to another model, or a way has another number of plans than
@@ -143,21 +144,18 @@ class Behaviour:
         observed = []
         for start in range(0, len(ways), _WAYS):
             some = ways[start : start + _WAYS]
-            observed += [self._judge(own) for own in self._write(some, paraphrased=paraphrased)]
+            written = self._write(some, paraphrased=paraphrased)
+            observed += [self._judge(own, likelihood=likelihood) for own in written]
             if progress is not None:
                 progress(len(observed))
         return observed
 
-    def _judge(self, written: _Written) -> Observed:
-        nlls = completion_nll(
-            self._model,
-            [
-                (self._prompt(source.prompt), done)
-                for source, done in zip(self.sources, written.sources, strict=True)
-            ],
-            batch_size=_ROWS,
-            log=self._log,
-        )
+    def _judge(self, written: _Written, *, likelihood: bool) -> Observed:
+        nlls: list[float | None] = [None] * len(self.sources)
+        if likelihood:
+            asked = [self._prompt(source.prompt) for source in self.sources]
+            texts = list(zip(asked, written.sources, strict=True))
+            nlls = completion_nll(self._model, texts, batch_size=_ROWS, log=self._log)
         of_sources = list(
             zip(
                 self.sources,

@@ -216,7 +216,7 @@ def compare_methods(
                 for gate in gates:
                     judged, own = (suite.gated_line(each, gate) for each in (tried, line))
                     if judged is not None and own is not None:
-                        at, _ = _best(choose.observe(judged.ways, paraphrased=False))
+                        at, _ = _best_strength(choose, judged)
                         reported.append(_read(report, own, at))
         if show is not None:
             show("methods", len(methods), len(methods))
@@ -238,14 +238,15 @@ def _best_variants(
     """Of each name the variant with the best strength, and which strength that is."""
     best: dict[str, tuple[float, Line, int]] = {}
     for line in suite.lines(method, asked):
-        at, score = _best(choose.observe(line.ways, paraphrased=False))
+        at, score = _best_strength(choose, line)
         if line.method not in best or score > best[line.method][0]:
             best[line.method] = score, line, at
     return [(line, at) for _, line, at in best.values()]
 
 
-def _best(observed: Sequence[Observed]) -> tuple[int, float]:
+def _best_strength(choose: Behaviour, line: Line) -> tuple[int, float]:
     """The place of the best strength, the weaker of two that are equal, and its score."""
+    observed = choose.observe(line.ways, paraphrased=False, likelihood=False)
     scores = [(_mean(own.effect) or 0.0) + (_mean(own.kept) or 0.0) for own in observed]
     return scores.index(max(scores)), max(scores)
 

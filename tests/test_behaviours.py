@@ -132,11 +132,13 @@ def test_a_way_does_the_same_whatever_is_observed_beside_it(
         assert replace(alone, nll=()) == replace(seen[name], nll=())
 
 
-def test_without_paraphrases_transfer_alone_is_unscored(
+def test_what_is_not_asked_for_is_unscored_and_nothing_else(
     behaviour: Behaviour, ways: dict[str, Way], seen: dict[str, Observed]
 ) -> None:
     (found,) = behaviour.observe([ways["weak"]], paraphrased=False)
     assert found == replace(seen["weak"], transfer=(None,) * N)
+    (found,) = behaviour.observe([ways["weak"]], likelihood=False)
+    assert found == replace(seen["weak"], nll=(None,) * N)
 
 
 def test_what_there_is_nothing_to_tell_by_is_unscored(atlas: HookedModel, strong: Plan) -> None:
