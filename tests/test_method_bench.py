@@ -230,8 +230,8 @@ def test_the_table_has_a_row_of_every_line_as_it_was_chosen(bench: MethodBench) 
         row = rows[own.line.name]
         assert row["strength"] == f"{point.strength:g}"
         assert row["variant"] == (point.variant or "-")
-        assert row["effect"] == f"{point.effect:.0%} ({point.low:.0%} to {point.high:.0%})"
-        assert row["specificity"].startswith(f"{point.specificity:.0%} (")
+        assert row["effect"] == f"{point.effect:.0%} [{point.low:.0%}, {point.high:.0%}]"
+        assert row["specificity"].startswith(f"{point.specificity:.0%} [")
         assert row["scalars"] == f"{point.n_scalars:,}"
     assert (rows["unsteered"]["KL"], rows["unsteered"]["effect"][:2]) == ("-", "0%")
     assert "10 source prompts" in table.notes[0]
@@ -249,7 +249,7 @@ def test_a_gate_has_a_table_against_nothing_and_its_controls(bench: MethodBench)
         for level, at in zip(("25%", "50%", "75%"), found, strict=True)
     ]
     told = [row[4].split(" ")[0] for row in table.rows]
-    assert told[:3] == [f"{at.diff:+.0%}" for at in found]
+    assert told[:3] == [f"{100 * at.diff:+.0f}" for at in found]
     # beside itself under the name of its control
     assert [row[0] for row in table.rows[3:]] == ["generic + constant gate"] * 3
     assert told[3:] == ["+0%"] * 3
