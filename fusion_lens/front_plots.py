@@ -172,7 +172,8 @@ def _add_line(
 ) -> None:
     """The points that are scored, joined from the unsteered model on, and a star where one was
     chosen."""
-    colour, symbol, dash = _LOOKS[_GATES.index(gate)]
+    place = _GATES.index(gate)
+    colour, symbol, dash = _LOOKS[place]
     name = f"{gate} gate" if gate else "no gate"
     scored = [each for each in points if _is_scored(each)]
     chosen = [each for each in scored if each.chosen]
@@ -203,7 +204,8 @@ def _add_line(
         marker={
             "color": colour,
             "symbol": "star",
-            "size": 12,
+            # two at one place are seen one inside the other
+            "size": 16 - 2 * place,
             "line": {"color": "#ffffff", "width": 1},
         },
         name=f"{name}, chosen",
