@@ -35,7 +35,7 @@ from fusion_lens.contrasts import Example, load_contrasts, of_kind, require_part
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.front_plots import UnitsPoint, plot_units_curve
 from fusion_lens.fronts import Sweep, matched
-from fusion_lens.method_bench import MethodBench, compare_methods
+from fusion_lens.method_bench import MethodBench, balance, compare_methods
 from fusion_lens.method_suite import METHODS, STRENGTHS, Suite, line_name
 from fusion_lens.models import HookedModel
 from fusion_lens.pictures import write_figures
@@ -52,7 +52,7 @@ SEEDS = (0, 1, 2)
 LEVELS = (0.25, 0.5, 0.75, 0.9)
 CONTROLLED = ("generic", "caa", "austeer")
 UNITS = (1, 3, 12, 30, 100, 300, 1152)
-WRITTEN = (1, 12, 100, 1152)
+FEW = (1, 12, 100, 1152)
 SITES = ("resid_post", "attn_z", "mlp_out")
 ARMS = ("baseline", "segmented", "masked", "gated")
 METRICS = ("objective", "overlap", "transfer_exact_match", "neighbours_kept", "kl_unrelated")
@@ -102,6 +102,7 @@ def gates(model: HookedModel) -> dict[str, Any]:
             units=(10, 100),
             unrelated=unrelated,
             max_new_tokens=40,
+            all_transfer=False,
             seed=seed,
         )
         # demonstrations before a prompt are slow to read, and do nothing (docs/negative_results.md)
@@ -198,7 +199,9 @@ def units(model: HookedModel) -> dict[str, Any]:
         for name in ("sources", "context"):
             parts = require_parts(shipped(name, seed))
             suite = Suite(model, parts["fit"], seed=seed)
-            accuracy += [{"set": name, "seed": seed, **row} for row in accuracies(suite, parts)]
+            sites = SITES if name == "sources" else SITES[:1]
+            found = accuracies(suite, parts, sites)
+            accuracy += [{"set": name, "seed": seed, **row} for row in found]
             if name == "sources":
                 written += [{"seed": seed, **row} for row in effects(suite, parts)]
         print(f"units, seed {seed}: done", file=sys.stderr, flush=True)
@@ -211,11 +214,12 @@ def rankings(seed: int) -> dict[str, Any]:
         "consistency": None,
         "mean difference": ranking_by_mean,
         "random": lambda found: random_ranking(found, seed),
-        "random, again": lambda found: random_ranking(found, seed + 1000),
     }
 
 
-def accuracies(suite: Suite, parts: dict[str, list[Example]]) -> list[dict[str, Any]]:
+def accuracies(
+    suite: Suite, parts: dict[str, list[Example]], sites: Sequence[str]
+) -> list[dict[str, Any]]:
     """Is the target's text likelier than the source's? alpha is chosen by that share, then by the
     mean margin, on "choose"."""
     texts = {}
@@ -226,9 +230,9 @@ def accuracies(suite: Suite, parts: dict[str, list[Example]]) -> list[dict[str, 
     rows = []
     unsteered = _margins(suite.model, texts["report"], None)
     rows.append(_row("unsteered", "", 0, 0.0, unsteered, subjects))
-    for site in SITES:
+    for site in sites:
         for ranking, order in rankings(suite.seed).items():
-            for k in UNITS:
+            for k in UNITS if site == SITES[0] else FEW:
                 if k == UNITS[-1] and ranking != "consistency":
                     continue
                 (plan,) = suite.austeer(site, k, order)
@@ -271,19 +275,23 @@ def _row(
 
 
 def effects(suite: Suite, parts: dict[str, list[Example]]) -> list[dict[str, Any]]:
-    """Effect and what is kept where text is written, at the alpha of the largest sum of the two on
-    "choose"."""
-    choose, report = (Behaviour(suite.model, parts[name]) for name in ("choose", "report"))
+    """Effect and what is kept where text is written, at resid_post and the alpha of the largest
+    harmonic mean of the two on "choose"."""
+    choose, report = (
+        Behaviour(suite.model, parts[name], max_new_tokens=40) for name in ("choose", "report")
+    )
     rows = []
-    for site in SITES:
+    for site in SITES[:1]:
         for ranking, order in rankings(suite.seed).items():
-            for k in WRITTEN:
-                if k == WRITTEN[-1] and ranking != "consistency":
+            for k in FEW:
+                if k == FEW[-1] and ranking != "consistency":
                     continue
                 (plan,) = suite.austeer(site, k, order)
                 alphas = STRENGTHS["austeer"]
-                tried = choose.observe([Way((plan * a,)) for a in alphas], paraphrased=False)
-                scores = [_mean(own.effect) + _mean(own.kept) for own in tried]
+                tried = choose.observe(
+                    [Way((plan * alpha,)) for alpha in alphas], paraphrased=False, likelihood=False
+                )
+                scores = [balance(own) for own in tried]
                 best = alphas[scores.index(max(scores))]
                 (seen,) = report.observe([Way((plan * best,))])
                 rows.append(
@@ -302,13 +310,8 @@ def effects(suite: Suite, parts: dict[str, list[Example]]) -> list[dict[str, Any
     return rows
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    scored = [value for value in values if value is not None]
-    return fmean(scored) if scored else 0.0
-
-
 def pooled_accuracy(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over seeds, both random rankings as one."""
+    """Over seeds."""
     made = []
     for key, own in _grouped(rows, ("set", "site", "ranking", "k")):
         subjects = [name for row in own for name in row["subjects"]]
@@ -326,7 +329,7 @@ def pooled_accuracy(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pooled_written(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over seeds, both random rankings as one."""
+    """Over seeds."""
     made = []
     for key, own in _grouped(rows, ("site", "ranking", "k")):
         pooled: dict[str, Any] = {**key, "alphas": [row["alpha"] for row in own]}
@@ -348,8 +351,7 @@ def _grouped(
     """Rows that are alike in `names`, in the order met."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        named = row | {"ranking": row["ranking"].removesuffix(", again")}
-        groups.setdefault(tuple(named[name] for name in names), []).append(row)
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return [(dict(zip(names, key, strict=True)), own) for key, own in groups.items()]
 
 

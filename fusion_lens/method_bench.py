@@ -3,7 +3,8 @@ reported on a third.
 
 Effect is the share of source prompts whose behaviour is gone, specificity the share of control
 prompts that are written word for word as without steering. A method's variant and strength are
-those of the largest sum of the two on the part "choose"; the part "report" is read once, over all
+those of the largest harmonic mean of the two on the part "choose", which is 0 for what does nothing
+and for what breaks everything; the part "report" is read once, over all
 strengths, so that methods can be compared where their effects are equal (`fronts`).
 """
 
@@ -183,10 +184,12 @@ def compare_methods(
     units: Sequence[int] = (1, 10, 100),
     unrelated: Sequence[Prompt] = (),
     max_new_tokens: int = 48,
+    all_transfer: bool = True,
     seed: int = 0,
     progress: Progress | bool = True,
 ) -> MethodBench:
-    """Fit, choose and report every method, alone and with every gate of `gates`.
+    """Fit, choose and report every method, alone and with every gate of `gates`. Transfer is read
+    at every strength, or without `all_transfer` at the chosen ones.
 
     Raises:
         ConfigError: if there is no such method or gate.
@@ -212,12 +215,12 @@ def compare_methods(
                 line = tried
                 if method in PER_PROMPT:
                     (line,) = suite.lines(method, parts["report"], variant=tried.variant)
-                reported.append(_read(report, line, at))
+                reported.append(_read(report, line, at, all_transfer=all_transfer))
                 for gate in gates:
                     judged, own = (suite.gated_line(each, gate) for each in (tried, line))
                     if judged is not None and own is not None:
                         at, _ = _best_strength(choose, judged)
-                        reported.append(_read(report, own, at))
+                        reported.append(_read(report, own, at, all_transfer=all_transfer))
         if show is not None:
             show("methods", len(methods), len(methods))
     of_sources, of_controls = (
@@ -247,14 +250,22 @@ def _best_variants(
 def _best_strength(choose: Behaviour, line: Line) -> tuple[int, float]:
     """The place of the best strength, the weaker of two that are equal, and its score."""
     observed = choose.observe(line.ways, paraphrased=False, likelihood=False)
-    scores = [(_mean(own.effect) or 0.0) + (_mean(own.kept) or 0.0) for own in observed]
+    scores = [balance(own) for own in observed]
     return scores.index(max(scores)), max(scores)
 
 
-def _read(report: Behaviour, line: Line, chosen: int) -> Reported:
+def balance(observed: Observed) -> float:
+    """The harmonic mean of effect and of what is kept."""
+    effect, kept = (_mean(values) or 0.0 for values in (observed.effect, observed.kept))
+    return 2 * effect * kept / (effect + kept) if effect + kept else 0.0
+
+
+def _read(report: Behaviour, line: Line, chosen: int, *, all_transfer: bool = True) -> Reported:
     began = time.perf_counter()
-    observed = tuple(report.observe(line.ways))
-    return Reported(line, chosen, observed, time.perf_counter() - began)
+    observed = report.observe(line.ways, paraphrased=all_transfer)
+    if not all_transfer:
+        (observed[chosen],) = report.observe([line.ways[chosen]])
+    return Reported(line, chosen, tuple(observed), time.perf_counter() - began)
 
 
 def _points(
