@@ -33,12 +33,18 @@ N_LAYERS, D_MODEL = 6, 192
 UNITS = (1, 10)
 ALL = load_contrasts(CONTRASTS / "sources.jsonl")
 # the variants of each method
+LAYERS = [f"layer {n}" for n in range(6)]
 FITTED = {
     "prompting": [""],
     "fusion": [""],
     "generic": [""],
     "fusion_masked": ["1 units", "10 units"],
     "generic_masked": ["1 units", "10 units"],
+    "caa": LAYERS,
+    "act_add": LAYERS,
+    "control_mean": [""],
+    "control_pca": [""],
+    "iti": [""],
     "austeer": [site for site in SITES for _ in UNITS],
 }
 
@@ -100,6 +106,9 @@ def test_a_line_is_a_variant_at_every_strength(lines: dict[str, list[Line]]) -> 
         **FITTED,
         "linear_act": ["mlp_out"],
     }
+    # a first component is scaled to the mean difference's length
+    mean = shift_of(lines["control_mean"][0].ways[0].plans[0]) / STRENGTHS["control_mean"][0]
+    length = float(mean.norm(dim=-1).mean())
     for method, made in lines.items():
         for line in made:
             assert (line.name, line.gate) == (line.method, "")
@@ -110,8 +119,10 @@ def test_a_line_is_a_variant_at_every_strength(lines: dict[str, list[Line]]) -> 
                 assert len(way.plans) == {"prompting": 0, "fusion": 3, "fusion_masked": 3}.get(
                     method, 1
                 )
-                coeffs = {coeff for plan in way.plans for coeff in plan.coeffs.values()}
-                assert coeffs == ({strength} if way.plans else set())
+                for plan in way.plans:
+                    unit = length if method == "control_pca" else 1.0
+                    for coeff in plan.coeffs.values():
+                        assert coeff == pytest.approx(strength * unit)
 
 
 def test_prompting_puts_so_many_targets_before_a_prompt(lines: dict[str, list[Line]]) -> None:
