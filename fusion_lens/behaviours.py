@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fusion_lens.contrasts import Example, of_kind, shown
 from fusion_lens.decoding import Completion, GenerationConfig, Row
@@ -49,7 +50,7 @@ class Observed:
     the behaviour is gone on the paraphrase; `nll`, nats per token of what was written, given the
     prompt alone under the unsteered model. A source, or paraphrase, that the unsteered model writes
     without the behaviour is unscored. Per control: `kept`, it is written as the unsteered model
-    writes it; `marked`, its own marker is there.
+    writes it; `marked`, its own marker is there. Where a text's logits were not finite all are 0.
     """
 
     effect: tuple[float | None, ...]
@@ -156,37 +157,13 @@ class Behaviour:
             asked = [self._prompt(source.prompt) for source in self.sources]
             texts = list(zip(asked, written.sources, strict=True))
             nlls = completion_nll(self._model, texts, batch_size=_ROWS, log=self._log)
-        of_sources = list(
-            zip(
-                self.sources,
-                self.targets,
-                written.sources,
-                self._shows,
-                written.paraphrases,
-                self._shows_in_other_words,
-                strict=True,
-            )
-        )
-        of_controls = list(zip(self.controls, written.controls, self._plain.controls, strict=True))
         return Observed(
-            effect=tuple(
-                float(not shown(source, done.text)) if shows else None
-                for source, _, done, shows, _, _ in of_sources
-            ),
-            wanted=tuple(
-                None if target is None or target.marker is None else float(shown(target, done.text))
-                for _, target, done, _, _, _ in of_sources
-            ),
-            transfer=tuple(
-                float(not shown(source, done.text)) if shows and done is not None else None
-                for source, _, _, _, done, shows in of_sources
-            ),
+            effect=_each(_gone, self.sources, written.sources, self._shows),
+            wanted=_each(_marked, self.targets, written.sources),
+            transfer=_each(_gone, self.sources, written.paraphrases, self._shows_in_other_words),
             nll=tuple(nlls),
-            kept=tuple(float(done.text == plain.text) for _, done, plain in of_controls),
-            marked=tuple(
-                None if control.marker is None else float(shown(control, done.text))
-                for control, done, _ in of_controls
-            ),
+            kept=_each(_same, written.controls, self._plain.controls),
+            marked=_each(_marked, self.controls, written.controls),
         )
 
     def _write(self, ways: Sequence[Way], *, paraphrased: bool) -> list[_Written]:
@@ -237,3 +214,25 @@ class _Written:
     sources: list[Completion]
     paraphrases: list[Completion | None]
     controls: list[Completion]
+
+
+def _each(judge: Callable[..., bool | None], *columns: Sequence[Any]) -> tuple[float | None, ...]:
+    found = (judge(*row) for row in zip(*columns, strict=True))
+    return tuple(None if own is None else float(own) for own in found)
+
+
+def _gone(source: Example, done: Completion | None, unsteered_shows: bool) -> bool | None:
+    """Logits that are not finite end a text, and that is no effect."""
+    if done is None or not unsteered_shows:
+        return None
+    return done.finite and not shown(source, done.text)
+
+
+def _marked(example: Example | None, done: Completion) -> bool | None:
+    if example is None or example.marker is None:
+        return None
+    return done.finite and shown(example, done.text)
+
+
+def _same(done: Completion, unsteered: Completion) -> bool:
+    return done.finite and done.text == unsteered.text

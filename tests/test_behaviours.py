@@ -3,11 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import deltas_of
 
 from fusion_lens.atlas import CONTRASTS
 from fusion_lens.behaviours import UNSTEERED, Behaviour, Observed, Way
 from fusion_lens.contrasts import Example, load_contrasts, of_kind
+from fusion_lens.controls import with_vectors
 from fusion_lens.decoding import Completion, GenerationConfig, Row
 from fusion_lens.errors import ContextLengthError, ContrastError, PlanError
 from fusion_lens.generation import generate
@@ -201,3 +203,14 @@ def test_plans_and_prefixes_that_do_not_fit_are_refused(
         behaviour.observe([Way((make_plan(deltas_of(other_atlas), 1.0),))])
     with pytest.raises(ContextLengthError):
         behaviour.observe([Way(prefix=PREFIX * 200)])
+
+
+def test_logits_that_are_not_finite_are_no_effect(atlas: HookedModel, behaviour: Behaviour) -> None:
+    own = deltas_of(atlas)
+    # six layers of it are more than float32 holds
+    huge = make_plan(with_vectors(own, torch.full_like(own.vectors, 1e32)), 9e5)
+    (done,) = generate(atlas, [Row(tokenize(atlas, SOURCES[0].prompt), huge)])
+    assert not done.finite
+    (broken,) = behaviour.observe([Way((huge,))])
+    for values in (broken.effect, broken.transfer, broken.wanted, broken.kept, broken.marked):
+        assert set(values) == {0.0}
