@@ -5,11 +5,12 @@ Run: `make bench-methods` (`python benchmarks/methods.py [gates|units|fusion ...
 Three seeds; each deals the people of the contrast sets to fit, choose and report anew (the first
 leaves them as shipped). Figures are pooled over seeds, intervals by cluster bootstrap over people.
 
-- *gates*: every method of `compare-methods` on `sources`, its gated form against the ungated one, a
-  gate of permuted labels and a constant gate of the same mean, what is kept at equal effect.
-- *units*: AUSteer at three sites and a growing number of units, chosen by consistency, by mean
-  difference, or at random; the share of pairs whose right text is likelier, on `sources` and
-  `context`, and effect and damage of what is written on `sources`.
+- *gates*: four methods of `compare-methods` on `sources`, the gated form against the ungated one,
+  and for two of them against a gate of permuted labels and a constant gate of the same mean: what
+  is kept at equal effect. (`fusion-lens compare-methods` has all methods, on one seed.)
+- *units*: AUSteer with a growing number of units, chosen by consistency, by mean difference, or at
+  random; the share of pairs whose right text is likelier, at three sites on `sources` and at
+  resid_post on `context`, and effect and damage of what is written on `sources`.
 - *fusion*: runs of the test questions with the arms `segmented`, `masked` and `gated`, in the
   search's own range and in one that is twice as wide, since a gate lowers every dose.
 """
@@ -36,7 +37,7 @@ from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.front_plots import UnitsPoint, plot_units_curve
 from fusion_lens.fronts import Sweep, matched
 from fusion_lens.method_bench import MethodBench, balance, compare_methods
-from fusion_lens.method_suite import METHODS, STRENGTHS, Suite, line_name
+from fusion_lens.method_suite import STRENGTHS, Suite, line_name
 from fusion_lens.models import HookedModel
 from fusion_lens.pictures import write_figures
 from fusion_lens.preparation import TuningConfig
@@ -50,7 +51,8 @@ from fusion_lens.units import random_ranking, ranking_by_mean
 FOLDER = Path(__file__).parent
 SEEDS = (0, 1, 2)
 LEVELS = (0.25, 0.5, 0.75, 0.9)
-CONTROLLED = ("generic", "caa", "austeer")
+CONTROLLED = ("generic", "caa")
+OTHERS = ("austeer", "fusion")
 UNITS = (1, 3, 12, 30, 100, 300, 1152)
 FEW = (1, 12, 100, 1152)
 SITES = ("resid_post", "attn_z", "mlp_out")
@@ -88,10 +90,7 @@ def shipped(name: str, seed: int) -> list[Example]:
 
 
 def gates(model: HookedModel) -> dict[str, Any]:
-    """Every method with and without gates, on `sources`."""
-    from fusion_lens.divergence import unrelated_texts
-
-    unrelated = unrelated_texts(model, UNRELATED)
+    """With gates, with their controls, and without, on `sources`."""
     benches = []
     for seed in SEEDS:
         examples = shipped("sources", seed)
@@ -99,16 +98,14 @@ def gates(model: HookedModel) -> dict[str, Any]:
             compare_methods,
             model,
             examples,
-            units=(10, 100),
-            unrelated=unrelated,
+            units=(100,),
             max_new_tokens=40,
             all_transfer=False,
             seed=seed,
+            progress=False,
         )
-        # demonstrations before a prompt are slow to read, and do nothing (docs/negative_results.md)
-        others = [method for method in METHODS if method not in (*CONTROLLED, "prompting")]
-        rich = measure(methods=CONTROLLED, gates=("dsas", "permuted", "constant"), progress=False)
-        plain = measure(methods=others, progress=False)
+        rich = measure(methods=CONTROLLED, gates=("dsas", "permuted", "constant"))
+        plain = measure(methods=OTHERS)
         joined = (*rich.reported, *plain.reported[1:])
         points = (*rich.points, *plain.points[1:])
         benches.append(replace(rich, reported=joined, points=points))
