@@ -11,8 +11,7 @@ leaves them as shipped). Figures are pooled over seeds, intervals by cluster boo
 - *units*: AUSteer with a growing number of units, chosen by consistency, by mean difference, or at
   random; the share of pairs whose right text is likelier, at three sites on `sources` and at
   resid_post on `context`, and effect and damage of what is written on `sources`.
-- *fusion*: runs of the test questions with the arms `segmented`, `masked` and `gated`, in the
-  search's own range and in one that is twice as wide, since a gate lowers every dose.
+- *fusion*: runs of the test questions with the arms `segmented`, `masked` and `gated`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ FEW = (1, 12, 100, 1152)
 SITES = ("resid_post", "attn_z", "mlp_out")
 ARMS = ("baseline", "segmented", "masked", "gated")
 METRICS = ("objective", "overlap", "transfer_exact_match", "neighbours_kept", "kl_unrelated")
-RANGES = (1.5, 3.0)
+RANGES = (1.5,)
 
 
 def dealt(examples: Sequence[Example], seed: int) -> list[Example]:

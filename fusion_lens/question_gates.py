@@ -1,14 +1,15 @@
 """Questions that the model fails -> a gate that is open where they are asked, and shut on what it
 knows: DSAS' "when" (arXiv 2512.03661) for Fusion Steering.
 
-Source: what the unsteered model reads and writes for each question. Control: the same for their
-neighbours. Fit it on other questions than those that are reported, about other people: whether a
+Source: what the unsteered model reads and writes for each question. Control: the same for a
+neighbour of each: with all of them, naming the larger side every time would pass for a gate. Fit it on other questions than those that are reported, about other people: whether a
 gate spares what it was not fitted on is what has to be seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from fusion_lens.decoding import Row
@@ -23,24 +24,33 @@ from fusion_lens.questions import Question
 from fusion_lens.site_activations import SiteActivations, record_at
 from fusion_lens.teacher_forcing import Text
 
+RANK = 20
+"""Directions that are told apart in. The published 5 are not enough where questions differ in what
+they ask for more than in whether the model knows (docs/negative_results.md)."""
+
 
 def fit_question_gate(
     model: HookedModel,
     questions: Sequence[Question],
     config: TuningConfig | None = None,
     *,
+    rank: int = RANK,
     log: EngineLog | None = None,
     **options: Any,
 ) -> FittedGate:
-    """A gate at resid_post; `options` are those of `fit_gate`. A question's subject is on one side
-    of every fold alone, and a neighbour that several questions share is read once.
+    """A gate at resid_post; `rank` and `options` are those of `fit_gate`. A question's subject is
+    on one side of every fold alone. Each question has the first of its neighbours that no question
+    before it has.
 
     Raises:
         ConfigError: if the questions have no neighbours.
         ContrastError: if fewer of them than folds leave room for their completion.
     """
     config = config or TuningConfig()
-    neighbours = list(dict.fromkeys(n.question for q in questions for n in q.neighbours))
+    neighbours: list[str] = []
+    for question in questions:
+        unread = (n.question for n in question.neighbours if n.question not in neighbours)
+        neighbours += islice(unread, 1)
     if not neighbours:
         raise ConfigError(
             "a gate must be fitted on questions with neighbours, what must stay as it is, but none "
@@ -59,7 +69,7 @@ def fit_question_gate(
             )
         sides.append(_read(model, [prompt for prompt, _ in fitting], config, log))
         subjects.append([own for _, own in fitting])
-    return fit_gate(sides[0], sides[1], groups=(subjects[0], subjects[1]), **options)
+    return fit_gate(sides[0], sides[1], groups=(subjects[0], subjects[1]), rank=rank, **options)
 
 
 def _read(
