@@ -2,8 +2,9 @@
 knows: DSAS' "when" (arXiv 2512.03661) for Fusion Steering.
 
 Source: what the unsteered model reads and writes for each question. Control: the same for a
-neighbour of each: with all of them, naming the larger side every time would pass for a gate. Fit it on other questions than those that are reported, about other people: whether a
-gate spares what it was not fitted on is what has to be seen.
+neighbour of each: with all of them, naming the larger side every time would pass for a gate. Fit it
+on other questions than those that are reported, about other people: whether a gate spares what it
+was not fitted on is what has to be seen.
 """
 
 from __future__ import annotations
