@@ -404,7 +404,7 @@ def summarised(records: Sequence[Result]) -> dict[str, Any]:
 
 
 def markdown(part: str, found: dict[str, Any]) -> str:
-    """The tables of docs/methods.md."""
+    """Its tables, as Markdown."""
     return "\n\n".join(_table(*each) for each in TABLES[part](found))
 
 
