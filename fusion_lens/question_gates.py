@@ -4,7 +4,7 @@ knows: DSAS' "when" (arXiv 2512.03661) for Fusion Steering.
 Source: what the unsteered model reads and writes for each question. Control: the same for a
 neighbour of each: with all of them, naming the larger side every time would pass for a gate. Fit it
 on other questions than those that are reported, about other people: whether a gate spares what it
-was not fitted on is what has to be seen.
+was not fitted on is what has to be seen. Neighbours may be about the same few known people in both.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def fit_question_gate(
     **options: Any,
 ) -> FittedGate:
     """A gate at resid_post; `rank` and `options` are those of `fit_gate`. A question's subject is
-    on one side of every fold alone. Each question has the first of its neighbours that no question
-    before it has.
+    on one side of every fold alone; whom a neighbour is about is not known, and two about one may
+    be on both. Each question has the first of its neighbours that no question before it has.
 
     Raises:
         ConfigError: if the questions have no neighbours.
