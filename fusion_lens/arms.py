@@ -193,9 +193,10 @@ def choose(
 
 
 def most_rows(config: TuningConfig, pool: Sequence[Question]) -> int:
-    """The most rows that are ever generated at once: a round of every tuned arm there is, for every
-    question of the file. It does not depend on what is run, and so the shape does not."""
-    return config.search.round_size * len(TUNED) * len(pool)
+    """The most rows that are ever generated at once: a round of every tuned arm of `DEFAULT_ARMS`,
+    for every question of the file; more of them wait. It does not depend on what is run, and so the
+    shape does not."""
+    return config.search.round_size * len(TUNED.keys() & {*DEFAULT_ARMS}) * len(pool)
 
 
 def prefix_of(item: Prepared) -> str:
