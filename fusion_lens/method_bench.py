@@ -124,12 +124,12 @@ class MethodBench(Shows):
             base = own.line.method
             others = [line_name(base, gate) for gate in ("", *GATES[1:])]
             rows = tuple(
-                (other, f"{at.level:.0%}", _share(at.a), _share(at.b), _difference(at))
+                (other, f"{100 * at.level:.0f}", _percent(at.a), _percent(at.b), _difference(at))
                 for other in others
                 if other in names
                 for at in self.matched(own.line.name, other)
             )
-            header = ("against", "effect", "kept, gated", "kept", "difference, points")
+            header = ("against", "effect, %", "kept, gated, %", "kept, %", "difference, points")
             sections.append(Section(f"{own.line.name}, at equal effect", header, rows))
         return sections
 
@@ -149,12 +149,11 @@ class MethodBench(Shows):
         """Every method at the strength that was chosen for it."""
         rows = tuple(
             (
-                point.name,
-                point.variant or "-",
+                point.name + (f", {point.variant}" if point.variant else ""),
                 f"{point.strength:g}",
                 _with_interval(point.effect, point.low, point.high),
-                _share(point.wanted),
-                _share(point.transfer),
+                _percent(point.wanted),
+                _percent(point.transfer),
                 _with_interval(point.specificity, point.specificity_low, point.specificity_high),
                 "-" if point.nll is None else f"{point.nll:.2f}",
                 "-" if point.kl is None else f"{point.kl:.2f}",
@@ -163,16 +162,17 @@ class MethodBench(Shows):
             for point in self.points
             if point.chosen
         )
-        header = ("method", "variant", "strength", "effect", "wanted", "transfer", "specificity")
+        shares = ("effect, %", "wanted, %", "transfer, %", "kept, %")
         notes = (
             f"effect: the behaviour is gone on {len(self.of_sources)} source prompts; wanted: the "
-            "target's marker is there; transfer: gone on paraphrases; specificity: written as "
-            f"without steering on {len(self.of_controls)} control prompts.",
+            "target's marker is there; transfer: gone on paraphrases; kept (specificity): written as "
+            f"without steering on {len(self.of_controls)} control prompts; nll: nats per token of "
+            "what is written on source prompts; KL: nats per token of unrelated text.",
             "95 % intervals, cluster bootstrap over subjects. Variant and strength were chosen on "
             "other texts.",
         )
-        more = ("nats/token", "KL", "scalars")
-        return Section("methods on the part report", (*header, *more), rows, notes)
+        header = ("method", "strength", *shares, "nll", "KL", "scalars")
+        return Section("methods on the part report", header, rows, notes)
 
 
 def compare_methods(
@@ -316,8 +316,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(scored) / len(scored) if scored else None
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}"
 
 
 def _difference(at: Matched) -> str:
@@ -330,5 +330,5 @@ def _difference(at: Matched) -> str:
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
     if low is None or high is None:
-        return _share(value)
-    return f"{_share(value)} [{low:.0%}, {high:.0%}]"
+        return _percent(value)
+    return f"{_percent(value)} [{100 * low:.0f}, {100 * high:.0f}]"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -127,8 +127,8 @@ class Suite:
                 )
         self.texts = {kind: example_texts(model, own) for kind, own in self.examples.items()}
         self.pairs = _pairs(self.examples)
-        self._known: dict[tuple[str, str, str], tuple[SiteActivations, float]] = {}
-        self._spent = 0.0
+        self._known: dict[tuple[Any, ...], tuple[Any, float]] = {}
+        self._skipped = 0.0
 
     def lines(
         self, method: str, asked: Sequence[Example], *, variant: str | None = None
@@ -150,14 +150,22 @@ class Suite:
 
     def gate(self, site: str, *, permuted: bool = False) -> FittedGate:
         """The gate of a site; with `permuted` that of permuted labels, on the same layers."""
-        sides = [self._record(kind, site, "mean") for kind in ("source", "control")]
-        subjects = [
-            [each.subject or each.id for each in self.examples[kind]]
-            for kind in ("source", "control")
-        ]
-        fit = partial(fit_gate, *sides, groups=(subjects[0], subjects[1]), seed=self.seed)
-        found = fit()
-        return fit(permute=self.seed, open=found.gate.open) if permuted else found
+
+        def fit() -> FittedGate:
+            sides = [self._record(kind, site, "mean") for kind in ("source", "control")]
+            subjects = [
+                [each.subject or each.id for each in self.examples[kind]]
+                for kind in ("source", "control")
+            ]
+            return fit_gate(
+                *sides,
+                groups=(subjects[0], subjects[1]),
+                seed=self.seed,
+                permute=self.seed if permuted else None,
+                open=self.gate(site).gate.open if permuted else None,
+            )
+
+        return self._once(("gate", site, permuted), fit)
 
     def gated_line(self, line: Line, kind: str) -> Line | None:
         """The line with a gate on its plans: "dsas", or one of its controls, "permuted" labels and
@@ -235,7 +243,7 @@ class Suite:
         return [demonstrations(self.examples["target"], n, seed=self.seed) for n in counts]
 
     def _fusion(self, method: str, asked: Sequence[Example], k: int | None = None) -> list[Plan]:
-        fitted = self._deltas(self.examples["target"])
+        fitted = self._once(("deltas",), lambda: self._deltas(self.examples["target"]))
         found = self._deltas(_targets(asked)) if method == "fusion" else [mean_deltas(fitted)]
         units = None
         if k is not None:
@@ -249,8 +257,9 @@ class Suite:
         reference = record_at(self.model, texts, tokens="written", log=self.log)
         prompts = [Text(text.prompt) for text in texts]
         base = record_at(self.model, prompts, tokens="mean", log=self.log)
+        identity = identify(self.model)
         return [
-            Deltas(h, mu, NO_PROMPT, identify(self.model))
+            Deltas(h, mu, NO_PROMPT, identity)
             for h, mu in zip(reference.values, base.values, strict=True)
         ]
 
@@ -306,25 +315,34 @@ class Suite:
         return self.pairs
 
     def _timed(self, fit: Callable[[], T]) -> tuple[T, float]:
-        """What it gives, in how many seconds: those of a recording count for all who use it."""
-        self._spent, began = 0.0, time.perf_counter()
+        """What it gives, in how many seconds: those of what is known count for all who use it."""
+        began = self._now()
         found = fit()
-        return found, time.perf_counter() - began + self._spent
+        return found, self._now() - began
+
+    def _now(self) -> float:
+        """Seconds, as if all that is known had been made anew whenever it was used."""
+        return time.perf_counter() + self._skipped
+
+    def _once(self, key: tuple[Any, ...], fit: Callable[[], T]) -> T:
+        """What it gives; it is made once for each key."""
+        if key in self._known:
+            self._skipped += self._known[key][1]
+        else:
+            self._known[key] = self._timed(fit)
+        found: T = self._known[key][0]
+        return found
 
     def _record(self, what: str, site: str, tokens: str) -> SiteActivations:
-        key = (what, site, tokens)
-        if key not in self._known:
-            began = time.perf_counter()
+        def read() -> SiteActivations:
             sides = {"right": 0, "wrong": 1}
             if what in sides:
                 texts = example_texts(self.model, [pair[sides[what]] for pair in self.pairs])
             else:
                 texts = self.texts[what]
-            found = record_at(self.model, texts, site, tokens=tokens, log=self.log)
-            self._known[key] = found, time.perf_counter() - began
-        else:
-            self._spent += self._known[key][1]
-        return self._known[key][0]
+            return record_at(self.model, texts, site, tokens=tokens, log=self.log)
+
+        return self._once((what, site, tokens), read)
 
 
 def mean_deltas(deltas: Sequence[Deltas]) -> Deltas:

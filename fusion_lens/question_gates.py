@@ -48,10 +48,10 @@ def fit_question_gate(
         ContrastError: if fewer of them than folds leave room for their completion.
     """
     config = config or TuningConfig()
-    neighbours: list[str] = []
+    neighbours: dict[str, None] = {}
     for question in questions:
         unread = (n.question for n in question.neighbours if n.question not in neighbours)
-        neighbours += islice(unread, 1)
+        neighbours |= dict.fromkeys(islice(unread, 1))
     if not neighbours:
         raise ConfigError(
             "a gate must be fitted on questions with neighbours, what must stay as it is, but none "

@@ -227,17 +227,22 @@ def test_records_are_written_as_json(bench: MethodBench, tmp_path: Path) -> None
 
 def test_the_table_has_a_row_of_every_line_as_it_was_chosen(bench: MethodBench) -> None:
     table = bench.table()
-    assert [row[0] for row in table.rows] == [own.line.name for own in bench.reported]
-    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    names = [own.line.name for own in bench.reported]
+    rows = {
+        name: dict(zip(table.header, row, strict=True))
+        for name, row in zip(names, table.rows, strict=True)
+    }
     for own in bench.reported:
         (point,) = (each for each in at_strengths(bench, own.line.name) if each.chosen)
         row = rows[own.line.name]
         assert row["strength"] == f"{point.strength:g}"
-        assert row["variant"] == (point.variant or "-")
-        assert row["effect"] == f"{point.effect:.0%} [{point.low:.0%}, {point.high:.0%}]"
-        assert row["specificity"].startswith(f"{point.specificity:.0%} [")
+        told = own.line.name + (f", {point.variant}" if point.variant else "")
+        assert row["method"] == told
+        low, high = (f"{100 * bound:.0f}" for bound in (point.low, point.high))
+        assert row["effect, %"] == f"{100 * point.effect:.0f} [{low}, {high}]"
+        assert row["kept, %"].startswith(f"{100 * point.specificity:.0f} [")
         assert row["scalars"] == f"{point.n_scalars:,}"
-    assert (rows["unsteered"]["KL"], rows["unsteered"]["effect"][:2]) == ("-", "0%")
+    assert (rows["unsteered"]["KL"], rows["unsteered"]["effect, %"][:3]) == ("-", "0 [")
     assert "10 source prompts" in table.notes[0]
     assert "10 control prompts" in table.notes[0]
 
@@ -249,8 +254,8 @@ def test_a_gate_has_a_table_against_nothing_and_its_controls(bench: MethodBench)
     assert table.title == f"{GATE}, at equal effect"
     found = bench.matched(GATE, "generic")
     assert [row[:4] for row in table.rows[:3]] == [
-        ("generic", level, f"{at.a:.0%}", f"{at.b:.0%}")
-        for level, at in zip(("25%", "50%", "75%"), found, strict=True)
+        ("generic", level, f"{100 * at.a:.0f}", f"{100 * at.b:.0f}")
+        for level, at in zip(("25", "50", "75"), found, strict=True)
     ]
     told = [row[4].split(" ")[0] for row in table.rows]
     assert told[:3] == [f"{100 * at.diff:+.0f}" for at in found]

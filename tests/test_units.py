@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import deltas_of
+from toy_units import TOY, differences_of
 
 from fusion_lens.controls import with_vectors
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError
@@ -20,22 +22,9 @@ from fusion_lens.units import (
     unit_mask,
 )
 
-TOY = {
-    (3, 7): [1.0, 2.0, 3.0, 4.0],  # always up
-    (1, 5): [-9.0, -9.0, -9.0, -9.0],  # always down
-    (1, 2): [1.0, 1.0, 1.0, 1.0],  # always up
-    (0, 0): [1.0, 0.0, -1.0, 1.0],  # twice up, once down
-    (2, 9): [-1.0, -1.0, 8.0, 0.0],  # twice down, once up; up in the mean
-    (2, 3): [1.0, -1.0, 1.0, -1.0],  # as often up as down
-}
 
-
-def toy(model: HookedModel, differences: dict[tuple[int, int], list[float]]) -> Momenta:
-    """Four pairs that differ in a few units only, by hand."""
-    values = torch.zeros(4, 4, 32)
-    for (layer, unit), own in differences.items():
-        values[:, layer, unit] = torch.tensor(own)
-    return count_momenta(values, "resid_post", identify(model))
+def toy(model: HookedModel, units: Mapping[tuple[int, int], list[float]]) -> Momenta:
+    return count_momenta(differences_of(units), "resid_post", identify(model))
 
 
 def test_units_are_ranked_by_score_then_layer_then_dimension(tiny: HookedModel) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from fitting import assert_a_plan_like_any
 from kinds import SITES
 from torch import Tensor
+from toy_units import TOY, differences_of
 
 from fusion_lens.contrast_texts import pair_texts
 from fusion_lens.contrasts import Pair
@@ -34,24 +35,11 @@ def recorded(model: HookedModel, site: str) -> tuple[SiteActivations, SiteActiva
     return record_at(model, right, site), record_at(model, wrong, site)
 
 
-def toy(model: HookedModel, differences: dict[tuple[int, int], list[float]]) -> Momenta:
-    """Four pairs that differ in a few units only, by hand."""
-    values = torch.zeros(4, 4, 32)
-    for (layer, unit), own in differences.items():
-        values[:, layer, unit] = torch.tensor(own)
-    base = torch.full_like(values, 2.0)
-    sides = (SiteActivations(x, "resid_post", identify(model)) for x in (base + values, base))
+def toy(model: HookedModel, units: Mapping[tuple[int, int], list[float]]) -> Momenta:
+    differences = differences_of(units)
+    base = torch.full_like(differences, 2.0)
+    sides = (SiteActivations(x, "resid_post", identify(model)) for x in (base + differences, base))
     return momenta(*sides)
-
-
-TOY = {
-    (3, 7): [1.0, 2.0, 3.0, 4.0],  # always up
-    (1, 5): [-9.0, -9.0, -9.0, -9.0],  # always down
-    (1, 2): [1.0, 1.0, 1.0, 1.0],  # always up
-    (0, 0): [1.0, 0.0, -1.0, 1.0],  # twice up, once down
-    (2, 9): [-1.0, -1.0, 8.0, 0.0],  # twice down, once up; up in the mean
-    (2, 3): [1.0, -1.0, 1.0, -1.0],  # as often up as down
-}
 
 
 def test_momenta_are_shares_of_pairs_and_zeros_count_for_neither(tiny: HookedModel) -> None:
