@@ -112,15 +112,17 @@ def run(
         bool | None,
         typer.Option(
             "--grade/--no-grade",
-            help="Have the judge model grade from 1 to 5 too. [default: no; paper: yes]",
+            help="Have the judge model grade from 1 to 5 too.",
+            show_default="no; paper: yes",
         ),
     ] = None,
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated. [default: baseline,best_of_n,answer_in_prompt,full,segmented,"
-            "generic,mismatched,random,unembed; paper: baseline,full,segmented] There are also "
-            "masked, and gated by what is learned on questions of other splits.",
+            help="Comma-separated. There are also masked, and gated by what is learned on "
+            "questions of other splits.",
+            show_default="baseline,best_of_n,answer_in_prompt,full,segmented,generic,"
+            "mismatched,random,unembed; paper: baseline,full,segmented",
         ),
     ] = None,
     centre: Annotated[
@@ -130,8 +132,8 @@ def run(
         bool | None,
         typer.Option(
             "--reach/--no-reach",
-            help="Also measure paraphrases, neighbours and unrelated text. "
-            "[default: yes; paper: no]",
+            help="Also measure paraphrases, neighbours and unrelated text.",
+            show_default="yes; paper: no",
         ),
     ] = None,
     unrelated: Annotated[
@@ -141,8 +143,8 @@ def run(
     dictionary: Annotated[
         list[str] | None,
         typer.Option(
-            help="Whose features the report shows of every plan: as for features, or none. "
-            "[default: atlas-crosscoder for Atlas]"
+            help="Whose features the report shows of every plan: as for features, or none.",
+            show_default="atlas-crosscoder for Atlas",
         ),
     ] = None,
     model: ModelOption = None,
@@ -409,7 +411,8 @@ def features(
         list[str] | None,
         typer.Option(
             help="atlas-sae, atlas-crosscoder, RELEASE/ID of sae-lens, or a folder; may be "
-            "repeated. [default: atlas-sae]"
+            "repeated.",
+            show_default="atlas-sae",
         ),
     ] = None,
     kind: Annotated[
@@ -547,11 +550,17 @@ def compare_methods(
         str | None,
         typer.Option(
             help="JSONL or CSV of source, target and control texts in three parts; for Atlas "
-            "sources or context. [default: sources for Atlas]"
+            "sources or context.",
+            show_default="sources for Atlas",
         ),
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated. [default: all there are]")
+        str | None,
+        typer.Option(
+            help="Comma-separated.",
+            show_default="prompting,fusion,generic,fusion_masked,generic_masked,caa,act_add,"
+            "control_mean,control_pca,iti,linear_act,dsas_end_to_end,austeer",
+        ),
     ] = None,
     gates: Annotated[
         str,

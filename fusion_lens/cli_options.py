@@ -23,7 +23,7 @@ ModelOption = Annotated[
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        help="float32, bfloat16, float16 or float64. [default: float32; in 8-bit float16]"
+        help="float32, bfloat16, float16 or float64.", show_default="float32; in 8-bit float16"
     ),
 ]
 EightBitOption = Annotated[
@@ -61,71 +61,76 @@ def settings_of(
     trials: Annotated[
         int | None,
         typer.Option(
-            help="Trials per question and tuned arm, the zero plan included. "
-            "[default: 30; paper: 5, without it]"
+            help="Trials per question and tuned arm, the zero plan included.",
+            show_default="30; paper: 5, without it",
         ),
     ] = None,
     round_size: Annotated[
         int | None,
-        typer.Option(help="Trials asked at once; the sampler learns between rounds. [default: 5]"),
+        typer.Option(
+            help="Trials asked at once; the sampler learns between rounds.", show_default="5"
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of samplers and bootstrap. [default: 0]")
+        int | None, typer.Option(help="Seed of samplers and bootstrap.", show_default="0")
     ] = None,
     parametrisation: Annotated[
         str | None,
         typer.Option(
             help="coeff: one in [0, 1.5] per segment; alpha_gamma: the paper's pair, each in "
-            "[0.01, 1]. [default: coeff; paper: alpha_gamma]"
+            "[0.01, 1].",
+            show_default="coeff; paper: alpha_gamma",
         ),
     ] = None,
     objectives: Annotated[
         str | None,
         typer.Option(
             help="weighted: 0.7 overlap - 0.3 clipped perplexity; pareto: the two kept apart "
-            "(the plan chosen is still the weighted best). [default: weighted]"
+            "(the plan chosen is still the weighted best).",
+            show_default="weighted",
         ),
     ] = None,
     mean: Annotated[
         str | None,
         typer.Option(
-            help="question: a constant shift; sequence: the authors' hook, without a cache. "
-            "[default: question; paper: sequence]"
+            help="question: a constant shift; sequence: the authors' hook, without a cache.",
+            show_default="question; paper: sequence",
         ),
     ] = None,
     positions: Annotated[
-        str | None, typer.Option(help="all, prompt or completion. [default: all]")
+        str | None, typer.Option(help="all, prompt or completion.", show_default="all")
     ] = None,
     steer_special: Annotated[
         bool | None,
         typer.Option(
             "--steer-special/--spare-special",
-            help="Steer BOS and other special tokens too. [default: spare; paper: steer]",
+            help="Steer BOS and other special tokens too.",
+            show_default="spare; paper: steer",
         ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="New tokens per completion, at most. [default: 48; paper: 100]"),
+        typer.Option(help="New tokens per completion, at most.", show_default="48; paper: 100"),
     ] = None,
     explanation_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of the model's own explanation; 0: none. [default: 48; paper: 100]"
+            help="Tokens of the model's own explanation; 0: none.", show_default="48; paper: 100"
         ),
     ] = None,
     explanation_marker: Annotated[
         str | None,
         typer.Option(
-            help="Text that the model's explanation follows. [default: none; paper: "
-            "**Explanation:**]"
+            help="Text that the model's explanation follows.",
+            show_default="none; paper: **Explanation:**",
         ),
     ] = None,
     perplexity_model: Annotated[
         str | None,
         typer.Option(
             help="A causal language model, by folder or hub name (or atlas), that measures "
-            "perplexity. "
-            "[default: the steered one, unsteered; paper: openai-community/gpt2]"
+            "perplexity.",
+            show_default="the steered one, unsteered; paper: openai-community/gpt2",
         ),
     ] = None,
     slots: SlotsOption = None,

@@ -165,9 +165,9 @@ class MethodBench(Shows):
         shares = ("effect, %", "wanted, %", "transfer, %", "kept, %")
         notes = (
             f"effect: the behaviour is gone on {len(self.of_sources)} source prompts; wanted: the "
-            "target's marker is there; transfer: gone on paraphrases; kept (specificity): written as "
-            f"without steering on {len(self.of_controls)} control prompts; nll: nats per token of "
-            "what is written on source prompts; KL: nats per token of unrelated text.",
+            "target's marker is there; transfer: gone on paraphrases; kept (specificity): written "
+            f"as without steering on {len(self.of_controls)} control prompts; nll: nats per token "
+            "of what is written on source prompts; KL: nats per token of unrelated text.",
             "95 % intervals, cluster bootstrap over subjects. Variant and strength were chosen on "
             "other texts.",
         )

@@ -5,11 +5,14 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from fusion_lens import cli
 from fusion_lens.cli_options import given, settings_of
 from fusion_lens.decoding import GenerationConfig
 from fusion_lens.errors import ConfigError
+from fusion_lens.method_suite import METHODS
 from fusion_lens.protocols import PROTOCOLS
 
 
@@ -70,14 +73,36 @@ def test_the_help_tells_the_defaults_of_both_protocols(command: Any) -> None:
         if name not in controlled or parameter.default is not None:
             continue
         option = parameter.annotation.__metadata__[0]
-        if "[default: " not in option.help:
+        if not isinstance(option.show_default, str):
             assert controlled[name] == paper[name], name
             continue
         values = worded.get(name, (shown(controlled[name]), shown(paper[name])))
-        assert f"[default: {values[0]}" in option.help
-        assert (f"paper: {values[1]}" in option.help) == (values[0] != values[1])
+        assert option.show_default.startswith(values[0])
+        assert (f"paper: {values[1]}" in option.show_default) == (values[0] != values[1])
         told += 1
     assert told >= 10
+
+
+def test_the_help_of_every_command_shows_every_default_that_is_told() -> None:
+    told = 0
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        shown_help = CliRunner(env={"COLUMNS": "400"}).invoke(cli.app, [name, "--help"]).output
+        for option in command.params:
+            if isinstance(getattr(option, "show_default", None), str):
+                assert f"[default: ({option.show_default})]" in shown_help, (name, option.name)
+                told += 1
+            for part in (option.help or "").split():
+                assert part in shown_help, (name, option.name)
+    assert told >= 30
+
+
+def test_the_methods_that_are_compared_by_default_are_all_there_are() -> None:
+    option = next(
+        each
+        for each in inspect.signature(cli.compare_methods, eval_str=True).parameters.values()
+        if each.name == "methods"
+    ).annotation.__metadata__[0]
+    assert option.show_default == ",".join(METHODS)
 
 
 @pytest.mark.parametrize("command", [cli.run, cli.tune, cli.generate])

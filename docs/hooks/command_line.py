@@ -14,8 +14,6 @@ from typer.main import get_command
 from fusion_lens.cli import app
 
 MARK = "<!-- commands -->"
-# where a default depends on the protocol, the help tells it
-_TOLD = re.compile(r"\s*\[default: (.*)\]$")
 _KINDS = {int: "number", float: "decimal", Path: "path", str: "text", bool: "flag"}
 
 
@@ -69,9 +67,9 @@ def _spelt(parameter: Any) -> str:
 def _told(parameter: Any) -> str:
     """What the help says, and the default."""
     text, default = parameter.help or "", ""
-    told = _TOLD.search(text)
-    if told:
-        text, default = text[: told.start()], _cell(told[1])
+    if isinstance(parameter.show_default, str):
+        # it depends on the protocol
+        default = _cell(parameter.show_default)
     elif parameter.required:
         text = f"{text} Required."
     elif parameter.default is False and parameter.secondary_opts:
