@@ -17,6 +17,7 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ContrastError, PlanError
 from fusion_lens.generation import check_context, generate, with_shape
 from fusion_lens.likelihood import completion_nll
+from fusion_lens.memory import release_freed
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan
 from fusion_lens.prompts import Prompt, tokenize
@@ -147,6 +148,7 @@ class Behaviour:
             some = ways[start : start + _WAYS]
             written = self._write(some, paraphrased=paraphrased)
             observed += [self._judge(own, likelihood=likelihood) for own in written]
+            release_freed()
             if progress is not None:
                 progress(len(observed))
         return observed

@@ -33,6 +33,7 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError, one_of
 from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
 from fusion_lens.lenders import Lenders
+from fusion_lens.memory import release_freed
 from fusion_lens.methods.dsas import FittedGate
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.perplexity import PerplexityModel
@@ -205,6 +206,7 @@ def run(
                 _run_block(
                     bench, block, config, segments, unrelated, judge, explain, kept, folder, told
                 )
+                release_freed()
                 if kept.interrupted:
                     break
         except KeyboardInterrupt:

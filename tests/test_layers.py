@@ -14,7 +14,7 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators", "progress", "differences"},
-    {"json_lines"},
+    {"json_lines", "memory"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
         *{"pictures", "tables", "record_files", "segments"},
