@@ -88,6 +88,11 @@ class Behaviour:
                 "there must be sources and controls, but got "
                 f"{len(self.sources)} and {len(self.controls)}."
             )
+        for each in (*self.sources, *self.controls):
+            if not each.prompt:
+                raise ContrastError(
+                    f"sources and controls must have prompts to be asked, but {each.id!r} has none."
+                )
         targets = {each.prompt: each for each in of_kind(examples, "target")}
         self.targets = [targets.get(source.prompt) for source in self.sources]
         self._model = model

@@ -162,7 +162,7 @@ def run(
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.pictures import write_figures
     from fusion_lens.progress import bars
-    from fusion_lens.question_gates import fit_question_gate
+    from fusion_lens.question_gates import fit_question_gate, held_out
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.report_page import html_report
@@ -237,7 +237,7 @@ def run(
                 )
         gate = None
         if "gated" in config.arms:
-            others = [question for question in available if question.split not in splits]
+            others = held_out(available, chosen)
             gate = fit_question_gate(opened, others[:_GATE_QUESTIONS], tuning)
         results = run_experiment(
             opened,

@@ -107,7 +107,7 @@ def open_contrasts(source: str | None, model: str | None) -> list[Example]:
         raise ConfigError(
             "a model other than Atlas needs contrasts of its own; give --contrasts FILE."
         )
-    if source in (None, "sources", "context") and not Path(str(source)).exists():
+    if source in (None, "sources", "context") and not Path(str(source)).is_file():
         return load_contrasts(CONTRASTS / f"{source or 'sources'}.jsonl")
     return load_contrasts(str(source))
 

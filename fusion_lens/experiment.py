@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +34,6 @@ from fusion_lens.errors import ActivationError, ConfigError, one_of
 from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
 from fusion_lens.lenders import Lenders
 from fusion_lens.memory import release_freed
-from fusion_lens.methods.dsas import FittedGate
 from fusion_lens.models import HookedModel, ModelIdentity, identify
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import save_plan
@@ -61,6 +60,9 @@ from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
 from fusion_lens.tracing import Explain, details_of
 from fusion_lens.transfer import Reach, measure
 from fusion_lens.tuning import export_tuned, make_segments
+
+if TYPE_CHECKING:
+    from fusion_lens.methods.dsas import FittedGate
 
 _NOT_FINITE = (
     "the model's logits must be finite, but a step of the completion gave NaN or infinity; "

@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from fusion_lens.errors import ConfigError
-from fusion_lens.method_bench import MethodBench, Point
 from fusion_lens.pictures import (
     BELOW,
     LESS,
@@ -27,6 +26,10 @@ from fusion_lens.pictures import (
     styled,
 )
 
+if TYPE_CHECKING:
+    # it brings scikit-learn along
+    from fusion_lens.method_bench import MethodBench, Point
+
 _LOOKS = (
     (MORE, "circle", "solid"),
     (LESS, "square", "solid"),
@@ -35,8 +38,7 @@ _LOOKS = (
     ("#8660a8", "cross", "dashdot"),
     ("#8a7d00", "x", "longdash"),
 )
-_GATES = ("", "dsas", "permuted", "constant")
-_MOST_METHODS = 12
+_MOST_METHODS = 16
 _SHARE = [-0.06, 1.06]
 _LETTERS = 96
 """Of all titles in a row of panels."""
@@ -172,7 +174,9 @@ def _add_line(
 ) -> None:
     """The points that are scored, joined from the unsteered model on, and a star where one was
     chosen."""
-    place = _GATES.index(gate)
+    from fusion_lens.method_suite import GATES
+
+    place = ("", *GATES).index(gate)
     colour, symbol, dash = _LOOKS[place]
     name = f"{gate} gate" if gate else "no gate"
     scored = [each for each in points if _is_scored(each)]

@@ -50,10 +50,10 @@ class Matched:
 
 def kept_at(effect: Points, kept: Points, level: float) -> float:
     """What the front of these points keeps at an effect of `level`; NaN beyond its largest."""
-    points = sorted(zip([0.0, *effect], [1.0, *kept], strict=True), reverse=True)
+    points = zip([0.0, *effect], [1.0, *kept], strict=True)
     front: list[tuple[float, float]] = []
-    for x, y in points:
-        if np.isfinite([x, y]).all() and (not front or y > front[-1][1]):
+    for x, y in sorted((each for each in points if np.isfinite(each).all()), reverse=True):
+        if not front or y > front[-1][1]:
             front.append((x, y))
     xs, ys = np.array(front[::-1]).T
     return float(np.interp(level, xs, ys)) if level <= xs[-1] else float("nan")

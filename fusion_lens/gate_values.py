@@ -22,7 +22,7 @@ from fusion_lens.hooks import Cursor, batch_steering
 from fusion_lens.models import SITES, HookedModel, token_texts
 from fusion_lens.operators import gate_value
 from fusion_lens.plans import Plan
-from fusion_lens.steps import AnyStep
+from fusion_lens.steps import AFTER_PROMPT, AnyStep
 from fusion_lens.teacher_forcing import Batch, Text, in_batches, passed
 
 _ROWS = 8
@@ -113,7 +113,7 @@ def _values(
     width = batch.tokens.shape[1] - batch.n_written
     earlier = batch_steering([Plan(before) if before else None], [layout], Cursor(0, width))
     steered = list(Plan((step,)).steered_positions(layout))
-    if step.positions != "prompt":
+    if step.positions in AFTER_PROMPT:
         steered += range(layout.length, len(text.tokens))
     dtype = torch.promote_types(entering[0].dtype, torch.float32)
     values = torch.full((len(entering), len(text.tokens)), torch.nan, dtype=dtype)

@@ -24,10 +24,12 @@ from fusion_lens.errors import ConfigError, one_of
 from fusion_lens.fronts import Matched, Sweep, matched
 from fusion_lens.method_suite import GATES, METHODS, PER_PROMPT, Line, Suite, line_name
 from fusion_lens.models import HookedModel
+from fusion_lens.plans import Plan
 from fusion_lens.progress import Progress, shown
 from fusion_lens.prompts import Prompt
 from fusion_lens.results import write_text
 from fusion_lens.statistics import cluster_bootstrap
+from fusion_lens.steps import AFTER_PROMPT
 from fusion_lens.tables import Section, Shows
 
 LEAST = 10
@@ -149,8 +151,7 @@ class MethodBench(Shows):
         """Every method at the strength that was chosen for it."""
         rows = tuple(
             (
-                point.name + (f", {point.variant}" if point.variant else ""),
-                f"{point.strength:g}",
+                _told(point),
                 _with_interval(point.effect, point.low, point.high),
                 _percent(point.wanted),
                 _percent(point.transfer),
@@ -168,10 +169,10 @@ class MethodBench(Shows):
             "target's marker is there; transfer: gone on paraphrases; kept (specificity): written "
             f"as without steering on {len(self.of_controls)} control prompts; nll: nats per token "
             "of what is written on source prompts; KL: nats per token of unrelated text.",
-            "95 % intervals, cluster bootstrap over subjects. Variant and strength were chosen on "
-            "other texts.",
+            "95 % intervals, cluster bootstrap over subjects. Variant and strength, behind the "
+            "method's name, were chosen on other texts.",
         )
-        header = ("method", "strength", *shares, "nll", "KL", "scalars")
+        header = ("method", *shares, "nll", "KL", "scalars")
         return Section("methods on the part report", header, rows, notes)
 
 
@@ -202,6 +203,7 @@ def compare_methods(
         one_of("gate", gate, GATES)
     parts = require_parts(examples, least=LEAST)
     suite = Suite(model, parts["fit"], units=units, seed=seed)
+    suite.require(methods, gated=bool(gates))
     choose, report = (
         Behaviour(model, parts[name], max_new_tokens=max_new_tokens)
         for name in ("choose", "report")
@@ -217,7 +219,8 @@ def compare_methods(
                     (line,) = suite.lines(method, parts["report"], variant=tried.variant)
                 reported.append(_read(report, line, at, all_transfer=all_transfer))
                 for gate in gates:
-                    judged, own = (suite.gated_line(each, gate) for each in (tried, line))
+                    judged = suite.gated_line(tried, gate)
+                    own = judged if line is tried else suite.gated_line(line, gate)
                     if judged is not None and own is not None:
                         at, _ = _best_strength(choose, judged)
                         reported.append(_read(report, own, at, all_transfer=all_transfer))
@@ -278,8 +281,9 @@ def _points(
 ) -> list[Point]:
     line = own.line
     kls: list[float | None] = [None] * len(line.ways)
-    # a plan per prompt has no one divergence, and a prefix is no part of unrelated text
-    if unrelated and all(len(way.plans) == 1 for way in line.ways):
+    # a plan per prompt has no one divergence, a prefix is no part of unrelated text, and what acts
+    # on a prompt alone is not read on it
+    if unrelated and all(len(way.plans) == 1 and _writes(way.plans[0]) for way in line.ways):
         kls = kl_unrelated(model, unrelated, [way.plans[0] for way in line.ways])
     points = []
     for n, (strength, seen, kl) in enumerate(zip(line.strengths, own.observed, kls, strict=True)):
@@ -311,9 +315,18 @@ def _points(
     return points
 
 
+def _writes(plan: Plan) -> bool:
+    return any(step.positions in AFTER_PROMPT for step in plan.steps)
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     scored = [value for value in values if value is not None]
     return sum(scored) / len(scored) if scored else None
+
+
+def _told(point: Point) -> str:
+    variant = f", {point.variant}" if point.variant else ""
+    return f"{point.name}{variant}, {point.strength:g}" if point.strength else point.name
 
 
 def _percent(value: float | None) -> str:

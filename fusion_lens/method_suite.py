@@ -23,14 +23,15 @@ from fusion_lens.contrast_texts import example_texts
 from fusion_lens.contrasts import KINDS, Example, of_kind
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import ContrastError, one_of
+from fusion_lens.errors import ConfigError, ContrastError, one_of
 from fusion_lens.gate_values import gate_values, mean_gate
 from fusion_lens.methods.act_add import act_add
 from fusion_lens.methods.austeer import austeer, momenta
 from fusion_lens.methods.caa import caa
 from fusion_lens.methods.control_vectors import control_vectors
-from fusion_lens.methods.dsas import FittedGate, constant_gate, fit_gate, gated
+from fusion_lens.methods.dsas import N_FOLDS, FittedGate, constant_gate, fit_gate, gated
 from fusion_lens.methods.dsas_end_to_end import Training, train
+from fusion_lens.methods.iti import LEAST_PAIRS as ITI_PAIRS
 from fusion_lens.methods.iti import iti
 from fusion_lens.methods.linear_act import linear_act
 from fusion_lens.methods.prompting import demonstrations
@@ -44,6 +45,7 @@ from fusion_lens.units import Momenta, consistent, unit_mask
 T = TypeVar("T")
 
 GATES = ("dsas", "permuted", "constant")
+_SHARES_OF_HEADS = (16, 8, 4, 2)
 FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
 LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 ONE_LAYER = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
@@ -63,6 +65,8 @@ STRENGTHS = {
     "austeer": (0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
 }
 METHODS = tuple(STRENGTHS)
+FROM_PAIRS = ("caa", "act_add", "control_mean", "control_pca", "iti", "austeer")
+"""Those that learn from a right and a wrong text of the same prompt."""
 PER_PROMPT = ("fusion", "fusion_masked")
 """Those whose plans belong to the prompts they were made for."""
 
@@ -129,6 +133,33 @@ class Suite:
         self.pairs = _pairs(self.examples)
         self._known: dict[tuple[Any, ...], tuple[Any, float]] = {}
         self._skipped = 0.0
+
+    def require(self, methods: Sequence[str], *, gated: bool) -> None:
+        """Refuse, before anything is fitted, what cannot be fitted on these texts.
+
+        Raises:
+            ConfigError: if there are fewer units than asked for.
+            ContrastError: if there are too few pairs for a method, or too few subjects for a gate.
+        """
+        cfg = self.model.cfg
+        n_units = int(cfg.n_layers * min(cfg.d_model, cfg.n_heads * cfg.d_head))
+        for k in self.units:
+            if not 1 <= k <= n_units:
+                raise ConfigError(f"1 <= units <= {n_units} must hold, but got {k}.")
+        for method in methods:
+            least = ITI_PAIRS if method == "iti" else 2
+            if method in FROM_PAIRS and len(self.pairs) < least:
+                raise ContrastError(
+                    f"{method} must have at least {least} targets with the prompts of sources to "
+                    f"be fitted on, but got {len(self.pairs)}; add some, or leave it out."
+                )
+        for kind in ("source", "control") if gated else ():
+            subjects = {each.subject or each.id for each in self.examples[kind]}
+            if len(subjects) < N_FOLDS:
+                raise ContrastError(
+                    f"a gate must be fitted on {kind}s about at least {N_FOLDS} subjects, but got "
+                    f"{len(subjects)}; add some, or compare without gates."
+                )
 
     def lines(
         self, method: str, asked: Sequence[Example], *, variant: str | None = None
@@ -226,7 +257,9 @@ class Suite:
         elif method in ("control_mean", "control_pca"):
             yield method, "", partial(self._control_vectors, method.removeprefix("control_"))
         elif method == "iti":
-            yield method, "", self._iti
+            n_heads = len(layers) * int(self.model.cfg.n_heads)
+            for n_kept in sorted({max(1, n_heads // share) for share in _SHARES_OF_HEADS}):
+                yield method, f"{n_kept} heads", partial(self._iti, n_kept)
         elif method == "dsas_end_to_end":
             for site in SITES:
                 yield method, site, partial(self._end_to_end, site)
@@ -243,12 +276,14 @@ class Suite:
         return [demonstrations(self.examples["target"], n, seed=self.seed) for n in counts]
 
     def _fusion(self, method: str, asked: Sequence[Example], k: int | None = None) -> list[Plan]:
-        fitted = self._once(("deltas",), lambda: self._deltas(self.examples["target"]))
-        found = self._deltas(_targets(asked)) if method == "fusion" else [mean_deltas(fitted)]
+        def others() -> list[Deltas]:
+            return self._once(("deltas",), lambda: self._deltas(self.examples["target"]))
+
+        found = self._deltas(_targets(asked)) if method == "fusion" else [mean_deltas(others())]
         units = None
         if k is not None:
             shape = (found[0].model.n_layers, found[0].model.d_model)
-            units = unit_mask(consistent(fitted).ranking, k, shape)
+            units = unit_mask(consistent(others()).ranking, k, shape)
         return [make_plan(own, 1.0, units=units) for own in found]
 
     def _deltas(self, targets: Sequence[Example]) -> list[Deltas]:
@@ -276,9 +311,11 @@ class Suite:
         unit = float((right.values - wrong.values).mean(dim=0).norm(dim=-1).mean())
         return [control_vectors(right, wrong, how=how) * (1.0 if how == "mean" else unit)]
 
-    def _iti(self) -> list[Plan]:
+    def _iti(self, n_kept: int) -> list[Plan]:
         n_heads = int(self.model.cfg.n_heads)
-        return [iti(*self._paired("attn_z"), n_heads=n_heads, seed=self.seed).plan]
+        sides = self._paired("attn_z")
+        groups = [source.subject or source.id for _, source in self.pairs]
+        return [iti(*sides, n_heads, n_kept=n_kept, groups=groups, seed=self.seed).plan]
 
     def _linear_act(self, site: str) -> list[Plan]:
         sides = self.texts["source"], self.texts["target"]

@@ -30,6 +30,18 @@ RANK = 20
 they ask for more than in whether the model knows (docs/negative_results.md)."""
 
 
+def held_out(available: Sequence[Question], asked: Sequence[Question]) -> list[Question]:
+    """What a gate may be fitted on: questions of other splits than those that are asked, about
+    others than they are."""
+    splits = {question.split for question in asked}
+    subjects = {question.subject for question in asked} - {None}
+    return [
+        question
+        for question in available
+        if question.split not in splits and question.subject not in subjects
+    ]
+
+
 def fit_question_gate(
     model: HookedModel,
     questions: Sequence[Question],
@@ -77,5 +89,9 @@ def _read(
     model: HookedModel, prompts: Sequence[Prompt], config: TuningConfig, log: EngineLog | None
 ) -> SiteActivations:
     written = generate(model, [Row(prompt) for prompt in prompts], config.generation, log=log)
-    read = [Text(prompt, done.tokens) for prompt, done in zip(prompts, written, strict=True)]
+    # what ends a text is a special token, which is not read
+    read = [
+        Text(prompt, done.tokens[:-1] if done.ended else done.tokens)
+        for prompt, done in zip(prompts, written, strict=True)
+    ]
     return record_at(model, read, tokens="mean", executor=config.generation.executor, log=log)

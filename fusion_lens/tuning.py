@@ -31,7 +31,7 @@ from fusion_lens.tables import Section, Shows
 from fusion_lens.units import unit_mask
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """One search: a prepared question, the segments whose coefficients are sought, the search's
     name, and the vectors (None: the question's own deltas).

@@ -188,6 +188,8 @@ def test_texts_that_show_nothing_are_refused(atlas: HookedModel) -> None:
         behaviour_of(CONTROLS[0], TARGETS[0])
     with pytest.raises(ContrastError, match="'sources-choose-source-01' must have a marker"):
         behaviour_of(replace(SOURCES[0], marker=None), CONTROLS[0])
+    with pytest.raises(ContrastError, match="must have prompts to be asked, but 'sources-choose"):
+        behaviour_of(replace(SOURCES[0], prompt=""), CONTROLS[0])
     with pytest.raises(ContrastError, match="on some source, but does so on none of 2"):
         behaviour_of(*SOURCES[:2], CONTROLS[0])
     with pytest.raises(ContextLengthError):

@@ -103,19 +103,20 @@ def test_a_gate_that_the_first_method_lacks_is_named_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "expected"), [(1, 1), (2, 2), (4, 2), (5, 3), (7, 4), (9, 3), (10, 4), (12, 4), (14, 4)]
+    ("n", "expected"),
+    [(1, 1), (2, 2), (4, 2), (5, 3), (7, 4), (9, 3), (10, 4), (12, 4), (16, 4), (18, 4)],
 )
-def test_up_to_twelve_panels_stand_in_a_grid(n: int, expected: int) -> None:
+def test_up_to_sixteen_panels_stand_in_a_grid(n: int, expected: int) -> None:
     figure = plot_fronts(bench_of([f"m{i}" for i in range(n)], [""]))
-    assert panels(figure) == min(n, 12)
+    assert panels(figure) == min(n, 16)
     starts = {axis.domain[0] for axis in figure.figure.select_xaxes()}
     assert len(starts) == expected
     # the lowest panel of every column tells its axis
     told = [axis.title.text for axis in figure.figure.select_xaxes()]
     assert told.count("effect") == expected
-    assert figure.figure.layout.height <= 800
-    left_out = "the first 12 of 14 methods" in figure.figure.layout.title.subtitle.text
-    assert left_out == (n == 14)
+    assert figure.figure.layout.height <= (800 if n <= 12 else 980)
+    left_out = "the first 16 of 18 methods" in figure.figure.layout.title.subtitle.text
+    assert left_out == (n == 18)
     assert len(figure.rows) == 1 + 2 * n
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -17,6 +18,13 @@ def test_a_front_is_interpolated_between_points_that_nothing_beats() -> None:
     assert kept_at(effect, kept, 0.65) == pytest.approx(0.4)
     assert kept_at(effect, kept, 0.8) == pytest.approx(0.2)
     assert math.isnan(kept_at(effect, kept, 0.81))
+
+
+def test_what_is_unscored_is_no_point_wherever_it_stands() -> None:
+    points = [(0.2, 0.9), (0.5, 0.6), (0.8, 0.2), (math.nan, 0.5), (0.3, math.nan)]
+    for order in permutations(points):
+        effect, kept = zip(*order, strict=True)
+        assert kept_at(effect, kept, 0.65) == pytest.approx(0.4)
 
 
 def test_a_strength_that_does_nothing_is_the_unsteered_model() -> None:

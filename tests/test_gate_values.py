@@ -125,6 +125,15 @@ def test_there_is_a_value_where_the_step_acts_and_nowhere_else(
     assert not found[1].any()
 
 
+def test_a_step_for_one_prompt_token_has_a_value_there_alone(tiny: HookedModel) -> None:
+    gate = gate_of(tiny, "resid_post")
+    prompt = prompts_of(tiny)[1]
+    plan = Plan(tuple(step_of(tiny, gate=gate, positions=place) for place in (2, 1)))
+    (read,) = gate_values(tiny, [Text(prompt, WRITTEN, plan)])
+    for own, place in zip(read, (2, 1), strict=True):
+        assert (~own.values[0].isnan()).nonzero().flatten().tolist() == [place]
+
+
 def test_a_layer_in_no_segment_has_no_value(tiny: HookedModel) -> None:
     gate = gate_of(tiny, "attn_z")
     step = affine_of(tiny, "attn_z", gate=gate, segments=(Segment("one", 2, 3),), coeffs=(1.0,))

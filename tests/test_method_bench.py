@@ -195,6 +195,22 @@ def test_divergence_is_that_of_each_strength_on_unrelated_text(
     assert bench.points[0].kl is None
 
 
+def test_what_acts_on_prompts_alone_has_no_divergence(atlas: HookedModel) -> None:
+    made = compare_methods(
+        atlas,
+        EXAMPLES,
+        methods=("act_add",),
+        gates=(),
+        unrelated=[tokenize(atlas, UNRELATED)],
+        max_new_tokens=TOKENS,
+        progress=False,
+    )
+    assert {(point.method, point.kl) for point in made.points} == {
+        ("unsteered", None),
+        ("act_add", None),
+    }
+
+
 def test_methods_are_matched_at_equal_effect(bench: MethodBench) -> None:
     gated, bare = bench.line(GATE), bench.line("generic")
     assert gated.sweep == Sweep(
@@ -235,8 +251,8 @@ def test_the_table_has_a_row_of_every_line_as_it_was_chosen(bench: MethodBench) 
     for own in bench.reported:
         (point,) = (each for each in at_strengths(bench, own.line.name) if each.chosen)
         row = rows[own.line.name]
-        assert row["strength"] == f"{point.strength:g}"
-        told = own.line.name + (f", {point.variant}" if point.variant else "")
+        parts = (own.line.name, point.variant, f"{point.strength:g}")
+        told = ", ".join(part for part in parts if part not in ("", "0"))
         assert row["method"] == told
         low, high = (f"{100 * bound:.0f}" for bound in (point.low, point.high))
         assert row["effect, %"] == f"{100 * point.effect:.0f} [{low}, {high}]"
@@ -285,6 +301,18 @@ def test_texts_and_names_that_do_not_fit_are_refused_first(atlas: HookedModel) -
         compare_methods(atlas, EXAMPLES, methods=METHODS, gates=("open",))
     with pytest.raises(ContrastError, match=r"'fit' must have at least 10 of 'source', but has 9"):
         compare_methods(atlas, EXAMPLES[1:], methods=METHODS)
+    for units in ((0,), (1, 1153)):
+        with pytest.raises(ConfigError, match="1 <= units <= 1152 must hold, but got"):
+            compare_methods(atlas, EXAMPLES, methods=("generic",), units=units)
+    alone = [
+        replace(each, prompt=f"{each.prompt} ") if each.kind == "target" else each
+        for each in EXAMPLES
+    ]
+    with pytest.raises(ContrastError, match=r"iti must have at least 10 targets.*but got 0; add"):
+        compare_methods(atlas, alone, methods=("generic", "iti"))
+    few = [replace(each, subject=f"{each.part}{len(each.prompt) % 4}") for each in EXAMPLES]
+    with pytest.raises(ContrastError, match=r"on sources about at least 5 subjects, but got \d"):
+        compare_methods(atlas, few, methods=("generic",))
     shared = [replace(each, subject="r1") if each is EXAMPLES[0] else each for each in EXAMPLES]
     with pytest.raises(ContrastError, match="no two parts may share a subject, but 'r1'"):
         compare_methods(atlas, shared, methods=METHODS)

@@ -44,7 +44,7 @@ FITTED = {
     "act_add": LAYERS,
     "control_mean": [""],
     "control_pca": [""],
-    "iti": [""],
+    "iti": ["2 heads", "4 heads", "9 heads", "18 heads"],
     "austeer": [site for site in SITES for _ in UNITS],
 }
 
@@ -311,6 +311,21 @@ def test_the_mean_of_deltas_is_that_of_both_ends(tiny: HookedModel) -> None:
 def test_a_line_is_named_after_method_and_gate() -> None:
     assert line_name("caa", "") == "caa"
     assert line_name("caa", "dsas") == "caa + dsas gate"
+
+
+def test_heads_are_moved_as_many_as_the_variant_says(lines: dict[str, list[Line]]) -> None:
+    for line in lines["iti"]:
+        moved = shift_of(line.ways[0].plans[0]).reshape(N_LAYERS, 6, -1).any(dim=-1)
+        assert f"{int(moved.sum())} heads" == line.variant
+
+
+def test_fusion_without_a_mask_reads_no_other_text(atlas: HookedModel) -> None:
+    fresh = Suite(atlas, FIT)
+    (line,) = fresh.lines("fusion", ASKED)
+    assert fresh._known == {}
+    (again,) = fresh.lines("fusion_masked", ASKED, variant="10 units")
+    assert list(fresh._known) == [("deltas",)]
+    assert line.n_scalars > again.n_scalars
 
 
 def test_texts_that_a_method_cannot_learn_from_are_refused(atlas: HookedModel) -> None:

@@ -11,8 +11,8 @@ from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.methods.dsas import fit_gate
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt
-from fusion_lens.question_gates import RANK, fit_question_gate
-from fusion_lens.questions import load_questions, select_questions
+from fusion_lens.question_gates import RANK, fit_question_gate, held_out
+from fusion_lens.questions import Question, load_questions, select_questions
 from fusion_lens.site_activations import record_at
 from fusion_lens.teacher_forcing import Text
 
@@ -33,7 +33,11 @@ def test_a_gate_tells_questions_that_are_failed_from_their_neighbours(atlas) -> 
         done = generate(atlas, [Row(prompt) for prompt in prompts], CONFIG.generation)
         return record_at(
             atlas,
-            [Text(p, d.tokens) for p, d in zip(prompts, done, strict=True)],
+            # without what ends a text
+            [
+                Text(p, d.tokens[: len(d.tokens) - d.ended])
+                for p, d in zip(prompts, done, strict=True)
+            ],
             tokens="mean",
         )
 
@@ -49,6 +53,15 @@ def test_whether_a_question_is_known_is_told_in_more_than_five_directions(atlas)
     few, many = (fit_question_gate(atlas, dev, CONFIG, rank=rank) for rank in (5, RANK))
     assert min(many.accuracy) > 0.9
     assert sorted(few.accuracy)[2] < 0.8
+
+
+def test_a_gate_is_fitted_on_other_splits_and_other_subjects() -> None:
+    def made(name: str, split: str | None, subject: str | None = None) -> Question:
+        return Question(name, "Who?", "Ada", split=split, subject=subject)
+
+    asked = [made("a", "test", "Tom"), made("b", "test")]
+    others = [made("c", "dev", "Tom"), made("d", "dev", "Ada"), made("e", "dev"), made("f", None)]
+    assert [each.id for each in held_out([*asked, *others], asked)] == ["d", "e", "f"]
 
 
 def test_questions_without_neighbours_or_room_make_no_gate(atlas) -> None:

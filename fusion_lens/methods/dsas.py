@@ -32,6 +32,7 @@ from fusion_lens.site_activations import SiteActivations
 from fusion_lens.steps import GATES, Gate
 from fusion_lens.tables import Section, Shows
 
+N_FOLDS = 5
 Splits = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -87,7 +88,7 @@ def fit_gate(
     *,
     rank: int = 5,
     least_accuracy: float = 0.75,
-    folds: int = 5,
+    folds: int = N_FOLDS,
     seed: int = 0,
     kind: str = "sigmoid",
     groups: tuple[Sequence[str], Sequence[str]] | None = None,

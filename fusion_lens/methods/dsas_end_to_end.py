@@ -332,6 +332,11 @@ def _check_texts(*sides: Sequence[Text]) -> None:
 
 
 def _check_start(start: FittedGate, model: ModelIdentity, config: Training) -> None:
+    if not bool(start.gate.open.any()):
+        raise PlanError(
+            "the gate to start from must be open on some layer, but is on none; "
+            "fit it on texts that can be told apart, or start without one."
+        )
     reason = start.model.mismatch(model)
     if reason is not None:
         raise PlanError(f"the gate to start from must be of the model, but {reason}.")

@@ -31,7 +31,7 @@ from fusion_lens.prompts import NO_PROMPT
 from fusion_lens.site_activations import SiteActivations
 
 N_FOLDS = 5
-_LEAST_IN_FOLD = 2
+LEAST_PAIRS = 2 * N_FOLDS
 _MAX_ITER = 1000
 
 
@@ -73,7 +73,7 @@ def iti(
         Li et al., Inference-Time Intervention: Eliciting Truthful Answers from a Language Model,
         arXiv 2306.03341.
     """
-    require_pairs(true, false, least=_LEAST_IN_FOLD * N_FOLDS)
+    require_pairs(true, false, least=LEAST_PAIRS)
     require_site(true, "attn_z")
     if n_kept < 1:
         raise ConfigError(f"n_kept must be at least 1, but got {n_kept}.")

@@ -216,6 +216,10 @@ def test_a_start_that_does_not_fit_is_refused(tiny: HookedModel, other_folder: A
         quick(tiny, gate_for(tiny), site="attn_z")
     with pytest.raises(PlanError, match="must be of the model"):
         quick(tiny, gate_for(load_model(other_folder)))
+    shut = gate_for(tiny)
+    shut = replace(shut, gate=replace(shut.gate, open=torch.zeros_like(shut.gate.open)))
+    with pytest.raises(PlanError, match="must be open on some layer, but is on none"):
+        quick(tiny, shut)
 
 
 def test_texts_and_settings_that_cannot_be_trained_on_are_refused(tiny: HookedModel) -> None:
