@@ -166,7 +166,6 @@ def run(
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.report_page import html_report
-    from fusion_lens.results import write_text
     from fusion_lens.run_plots import run_figures
     from fusion_lens.selection import select_failed
     from fusion_lens.shelves import explainer, open_dictionaries
@@ -255,8 +254,8 @@ def run(
             progress=progress,
         )
     _print_tables(results.summary)
-    write_text(out / "report.md", markdown_report(results.summary))
-    write_text(out / "report.html", html_report(results))
+    replace_text(out / "report.md", markdown_report(results.summary))
+    replace_text(out / "report.html", html_report(results))
     missing = write_figures(run_figures(results), out / "figures")
     if missing is not None:
         print(missing)
@@ -275,12 +274,12 @@ def report(
     """Print the tables of a run and write its report.md and report.html."""
     from fusion_lens.report import markdown_report
     from fusion_lens.report_page import html_report
-    from fusion_lens.results import load_results, write_text
+    from fusion_lens.results import load_results
 
     results = load_results(folder)
     _print_tables(results.summary)
-    write_text(folder / "report.md", markdown_report(results.summary))
-    write_text(folder / "report.html", html_report(results))
+    replace_text(folder / "report.md", markdown_report(results.summary))
+    replace_text(folder / "report.html", html_report(results))
     print(f"written to {folder / 'report.md'} and {folder / 'report.html'}")
     return 0
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import InputFileError
 from fusion_lens.json_lines import append_lines, read_lines
 
 DETAILS = "details.jsonl"
@@ -106,14 +105,11 @@ def load_details(folder: Path) -> tuple[Detail, ...]:
         InputFileError: if the file is malformed; names the line.
     """
     path = folder / DETAILS
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
-    return read_lines(path, text, _detail, noun="a question's details")
+    return read_lines(path, read_detail, noun="a question's details") if path.is_file() else ()
 
 
-def _detail(content: Mapping[str, Any]) -> Detail:
+def read_detail(content: Mapping[str, Any]) -> Detail:
+    """That of a line; refuses what is malformed with TypeError, KeyError or ValueError."""
     share = content["generic_share"]
     return Detail(
         question_id=content["question_id"],

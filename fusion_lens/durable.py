@@ -35,6 +35,15 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OutputError(path, error.strerror or str(error)) from error
 
 
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a text file as UTF-8, with the line ends as they are, whole or not at all.
+
+    Raises:
+        OutputError: if it cannot be written; what was there before is still there.
+    """
+    replace_file(Path(path), text.encode())
+
+
 def append_to(path: Path, content: bytes) -> None:
     """Add bytes at the end of a file.
 

@@ -109,6 +109,10 @@ class ConfigError(FusionLensError, ValueError):
     """A setting outside its range or a name that is not known."""
 
 
+class ResumeError(FusionLensError, ValueError):
+    """A run that cannot be continued as what it was."""
+
+
 class OutputError(FusionLensError, OSError):
     """A file or folder that cannot be written."""
 
