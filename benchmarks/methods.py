@@ -501,8 +501,7 @@ def curves(found: dict[str, Any], name: str) -> list[UnitsPoint]:
     """The points of a set's figure at resid_post."""
     return [
         UnitsPoint(
-            row["ranking"],
-            None if row["k"] == UNITS[-1] else row["k"],
+            *(("every unit", None) if row["k"] == UNITS[-1] else (row["ranking"], row["k"])),
             row["accuracy"]["mean"],
             row["accuracy"]["low"],
             row["accuracy"]["high"],
@@ -513,6 +512,18 @@ def curves(found: dict[str, Any], name: str) -> list[UnitsPoint]:
     ]
 
 
+def draw(found: dict[str, Any]) -> None:
+    """The figures of *units*."""
+    figures = [
+        replace(
+            plot_units_curve(curves(found, name), y=f"target likelier, {name}"),
+            name=f"methods_units_{name}",
+        )
+        for name in ("sources", "context")
+    ]
+    write_figures(figures, FOLDER, html=False)
+
+
 def main() -> None:
     """Measure the parts named, or all; every part writes its file."""
     model = load_model()
@@ -521,14 +532,7 @@ def main() -> None:
         found = PARTS_OF_BENCH[part](model)
         found["seconds"] = round(time.perf_counter() - began, 1)
         if part == "units":
-            figures = [
-                replace(
-                    plot_units_curve(curves(found, name), y=f"target likelier, {name}"),
-                    name=f"methods_units_{name}",
-                )
-                for name in ("sources", "context")
-            ]
-            write_figures(figures, FOLDER, html=False)
+            draw(found)
         content = json.dumps(found, indent=1, allow_nan=False)
         (FOLDER / f"methods_{part}.json").write_text(content + "\n", encoding="utf-8")
         print(f"## {part}\n\n{markdown(part, found)}\n", flush=True)
