@@ -8,7 +8,7 @@ DOCS := $(VENV)/.docs-installed
 .PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods clean
 
 run: $(STAMP)
-	$(BIN)/fusion-lens run --out runs/atlas
+	$(BIN)/fusion-lens run --out runs/atlas --overwrite
 
 # two processes of one thread each: more threads than cores slow small products by orders of magnitude
 test: $(STAMP) lint types

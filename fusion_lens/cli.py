@@ -24,6 +24,7 @@ from fusion_lens.cli_inputs import (
     open_model,
     open_questions,
     require_writable,
+    resuming_command,
     segments_of,
     typed_command,
     whole_numbers,
@@ -65,9 +66,14 @@ _ClickException: Any = next(
 @app.command()
 @with_settings
 def run(
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; an earlier run in it is replaced.")
-    ] = Path("runs/latest"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in that folder where it ended."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in that folder.")
+    ] = False,
     questions: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +165,7 @@ def run(
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
     from fusion_lens.atlas import UNRELATED
+    from fusion_lens.durable import replace_text
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.pictures import write_figures
     from fusion_lens.progress import bars
@@ -166,6 +173,7 @@ def run(
     from fusion_lens.questions import select_questions, stratified
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.report_page import html_report
+    from fusion_lens.run_folder import require_free
     from fusion_lens.run_plots import run_figures
     from fusion_lens.selection import select_failed
     from fusion_lens.shelves import explainer, open_dictionaries
@@ -207,6 +215,10 @@ def run(
         "limit": None if question_id else limit,
         "available": len(matching),
     }
+    if resume and overwrite:
+        raise ConfigError("a run can be resumed or overwritten, but got both; leave one out.")
+    existing = "resume" if resume else "overwrite" if overwrite else "refuse"
+    require_free(out, existing)
     require_writable(out / "results.jsonl")
     judging = open_judge(
         judge, judge_cache, settings.grade if grade is None else grade, judge_price
@@ -238,21 +250,26 @@ def run(
         if "gated" in config.arms:
             others = held_out(available, chosen)
             gate = fit_question_gate(opened, others[:_GATE_QUESTIONS], tuning)
-        results = run_experiment(
-            opened,
-            chosen,
-            config,
-            out=out,
-            pool=available,
-            donors=[question for question in available if question.split in splits],
-            judge=judging,
-            fluency=fluency,
-            explain=explainer(opened, shelved) if shelved else None,
-            gate=gate,
-            source=source,
-            command=typed_command(),
-            progress=progress,
-        )
+        try:
+            results = run_experiment(
+                opened,
+                chosen,
+                config,
+                out=out,
+                existing=existing,
+                pool=available,
+                donors=[question for question in available if question.split in splits],
+                judge=judging,
+                fluency=fluency,
+                explain=explainer(opened, shelved) if shelved else None,
+                gate=gate,
+                source=source,
+                command=typed_command(),
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            print(f"interrupted; to go on: {resuming_command()}", file=sys.stderr)
+            return 130
     _print_tables(results.summary)
     replace_text(out / "report.md", markdown_report(results.summary))
     replace_text(out / "report.html", html_report(results))
@@ -263,6 +280,7 @@ def run(
         print(f"failed: {line}", file=sys.stderr)
     print(f"written to {out} in {results.summary['seconds']:.0f} s")
     if results.summary["interrupted"]:
+        print(f"interrupted; to go on: {resuming_command()}", file=sys.stderr)
         return 130
     return 3 if results.summary["failures"] else 0
 
@@ -272,6 +290,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
 ) -> int:
     """Print the tables of a run and write its report.md and report.html."""
+    from fusion_lens.durable import replace_text
     from fusion_lens.report import markdown_report
     from fusion_lens.report_page import html_report
     from fusion_lens.results import load_results

@@ -154,6 +154,12 @@ def typed_command() -> str:
     return shlex.join(words)
 
 
+def resuming_command() -> str:
+    """What to type to go on with the run that was typed."""
+    words = [word for word in typed_command().split(" ") if word not in ("--overwrite", "--resume")]
+    return " ".join([*words, "--resume"])
+
+
 def require_writable(path: Path) -> None:
     """Make sure that a file can be written, before anything that takes time.
 

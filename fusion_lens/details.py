@@ -7,12 +7,12 @@ in, and which tokens it made likelier.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.json_lines import append_lines, read_lines
+from fusion_lens.json_lines import read_lines
 
 DETAILS = "details.jsonl"
 
@@ -87,15 +87,6 @@ class Detail:
             delta / base if base else float("inf")
             for delta, base in zip(self.delta_norms, self.base_norms, strict=True)
         )
-
-
-def append_details(folder: Path, details: Iterable[Detail]) -> None:
-    """Add lines to `details.jsonl`.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    append_lines(folder / DETAILS, details)
 
 
 def load_details(folder: Path) -> tuple[Detail, ...]:

@@ -33,6 +33,7 @@ from fusion_lens.preparation import Failure, Prepared, seed_of
 from fusion_lens.prompts import tokenize
 from fusion_lens.units import LEAST, Momenta, consistent
 
+
 class Ready(NamedTuple):
     """What was prepared of a block of questions, what failed, and what the engine did for it."""
 

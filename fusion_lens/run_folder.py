@@ -3,7 +3,7 @@
 | file | is |
 |---|---|
 | `run.json` | what is run, by content: a run goes on only as what it was |
-| `results.jsonl`, `details.jsonl`, `failures.jsonl` | a line per (question, arm), question, failure |
+| `results.jsonl`, `details.jsonl`, `failures.jsonl` | lines: (question, arm), question, failure |
 | `plans/*.safetensors` | the plan of every tuned arm |
 | `summary.json` | written last: a folder without it holds a run that did not end |
 
@@ -26,7 +26,13 @@ from filelock import FileLock, Timeout
 from fusion_lens.details import DETAILS, Detail, load_details, read_detail
 from fusion_lens.durable import PART, cut, replace_file, sync_folder
 from fusion_lens.errors import InputFileError, OutputError, ResumeError, one_of
-from fusion_lens.json_lines import NOT_JSON, append_lines, read_whole_lines, replace_lines
+from fusion_lens.json_lines import (
+    NOT_JSON,
+    Whole,
+    append_lines,
+    read_whole_lines,
+    replace_lines,
+)
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Plan
 from fusion_lens.preparation import Failure
@@ -161,17 +167,8 @@ class RunFolder:
         return lock
 
     def _open(self, identity: dict[str, Any], existing: str) -> None:
-        # what a kill leaves of a folder that was just made is nothing
-        others = {each.name for each in self.path.iterdir()} - {LOCK, RUN + PART}
-        if others and not _holds_run(self.path):
-            raise OutputError(self.path, "it has files that are not a run's")
-        if others and existing == "refuse":
-            raise OutputError(
-                self.path,
-                "it holds a run, which can be continued (resume, --resume) or replaced "
-                "(overwrite, --overwrite)",
-            )
-        if others and existing == "resume":
+        occupied = require_free(self.path, existing)
+        if occupied and existing == "resume":
             _require_same(self.path / RUN, identity)
         elif existing == "overwrite":
             self._clear()
@@ -210,7 +207,7 @@ class RunFolder:
     def _whole(self, path: Path, make: Any) -> tuple[Any, ...]:
         if not path.exists():
             path.touch()
-        read = _read(path, make)
+        read: Whole = _read(path, make)
         if read.size < path.stat().st_size:
             cut(path, read.size)
         return read.values
@@ -229,6 +226,27 @@ class RunFolder:
             stale.unlink(missing_ok=True)
 
 
+def require_free(folder: Path, existing: str) -> bool:
+    """Whether a folder holds a run, once that is as `existing` allows.
+
+    Raises:
+        OutputError: if it holds files but no run, or one that is to be refused.
+    """
+    if not folder.is_dir():
+        return False
+    # what a kill leaves of a folder that was just made is nothing
+    others = {each.name for each in folder.iterdir()} - {LOCK, RUN + PART}
+    if others and not _holds_run(folder):
+        raise OutputError(folder, "it has files that are not a run's")
+    if others and existing == "refuse":
+        raise OutputError(
+            folder,
+            "it holds a run, which can be continued (resume, --resume) or replaced (overwrite, "
+            "--overwrite)",
+        )
+    return bool(others)
+
+
 def _holds_run(folder: Path) -> bool:
     if (folder / RUN).exists():
         return True
@@ -239,7 +257,7 @@ def _holds_run(folder: Path) -> bool:
     return summary.exists() and b'"schema_version"' in summary.read_bytes()
 
 
-def _read(path: Path, make: Any) -> Any:
+def _read(path: Path, make: Any) -> Whole:
     return read_whole_lines(path, make, noun="a line of a run")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -59,8 +59,8 @@ class Description:
 class Setup:
     """What every worker of a run is told once. `config` has numbers for the engine's shape;
     `prefix_room` is the cache that prompts with an answer before them need beyond it; `unrelated`
-    is the text that divergence is measured on, and where it is from, `unrelated_tokens` how much of it
-    is counted."""
+    is the text that divergence is measured on, and where it is from, `unrelated_tokens` how much of
+    it is counted."""
 
     config: ExperimentConfig
     gate: Gate | None
@@ -94,12 +94,14 @@ class Solved:
     """A task that is done, and what the engine did for it."""
 
     task: int
+    pairs: tuple[Pair, ...]
     outcomes: tuple[Outcome, ...]
     details: tuple[Detail, ...]
     failures: tuple[Failure, ...]
     log: EngineLog
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Whoever runs tasks: this process, or a cluster."""
 
@@ -227,7 +229,9 @@ class Worker:
         details, untold = _apart(tell, task.undetailed, Failure.of, log)
         self._halvings = log.halvings
         release_freed()
-        return Solved(task.number, tuple(outcomes), tuple(details), (*failed, *untold), log)
+        return Solved(
+            task.number, task.pairs, tuple(outcomes), tuple(details), (*failed, *untold), log
+        )
 
     def _outcomes(
         self,
