@@ -327,20 +327,19 @@ class _Loop:
         able = [name for name in wanted if name in lenders.prepared]
         per_question = self._config.tuning.search.trials * len(self._config.tuned_arms)
         done = n_questions - len(wanted)
+        in_work = 0
 
         def tell(trials: int) -> None:
+            nonlocal in_work
+            in_work = trials
             if show is not None:
                 show("trials", done * per_question + trials, n_questions * per_question)
 
-        sizes = {}
-
         def tasks() -> Iterator[Task]:
             size = self._engine.block_size(self._config.block_size, len(able))
-            for number, start in enumerate(range(0, len(able), size)):
+            for start in range(0, len(able), size):
                 names = able[start : start + size]
-                sizes[number] = len(names)
                 yield Task(
-                    number,
                     tuple((name, arm) for name in names for arm in wanted[name]),
                     tuple(name for name in names if name not in self._kept.detailed),
                     lenders.only(names),
@@ -350,8 +349,9 @@ class _Loop:
         solving = self._engine.solve(tasks(), stopping=self._stop, progress=tell)
         for solved in solving:
             self._keep(solved, lenders)
-            done += sizes.pop(solved.task)
-            tell(0)
+            n_done = len({name for name, _ in solved.pairs})
+            done += n_done
+            tell(max(0, in_work - n_done * per_question))
 
     def _keep(self, solved: Solved, lenders: Lenders) -> None:
         self.log.add(solved.log)

@@ -74,10 +74,17 @@ class Task:
     """Questions and their arms to be run together, in order, with what is lent to them;
     `undetailed` are the questions whose details are not known yet."""
 
-    number: int
     pairs: tuple[Pair, ...]
     undetailed: tuple[str, ...]
     lenders: Lenders
+
+    def only(self, names: Sequence[str]) -> Task:
+        """The part of some of its questions."""
+        return Task(
+            tuple(pair for pair in self.pairs if pair[0] in names),
+            tuple(name for name in self.undetailed if name in names),
+            self.lenders.only(names),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +98,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A task that is done, and what the engine did for it."""
+    """A task that is done, or a part of one, and what the engine did for it."""
 
-    task: int
     pairs: tuple[Pair, ...]
     outcomes: tuple[Outcome, ...]
     details: tuple[Detail, ...]
@@ -229,9 +235,7 @@ class Worker:
         details, untold = _apart(tell, task.undetailed, Failure.of, log)
         self._halvings = log.halvings
         release_freed()
-        return Solved(
-            task.number, task.pairs, tuple(outcomes), tuple(details), (*failed, *untold), log
-        )
+        return Solved(task.pairs, tuple(outcomes), tuple(details), (*failed, *untold), log)
 
     def _outcomes(
         self,
