@@ -328,12 +328,14 @@ class _Loop:
         per_question = self._config.tuning.search.trials * len(self._config.tuned_arms)
         done = n_questions - len(wanted)
         in_work = 0
+        told = -1
 
         def tell(trials: int) -> None:
-            nonlocal in_work
+            nonlocal in_work, told
             in_work = trials
-            if show is not None:
-                show("trials", done * per_question + trials, n_questions * per_question)
+            if show is not None and done * per_question + trials != told:
+                told = done * per_question + trials
+                show("trials", told, n_questions * per_question)
 
         def tasks() -> Iterator[Task]:
             size = self._engine.block_size(self._config.block_size, len(able))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fusion_lens.deltas import Deltas
@@ -24,7 +23,7 @@ from fusion_lens.errors import FusionLensError, PlanError, one_of
 from fusion_lens.models import ModelIdentity
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step
 from fusion_lens.prompts import Layout
-from fusion_lens.tensor_files import tensors_digest
+from fusion_lens.tensor_files import tensor_bytes, tensors_digest
 
 SCHEMA_VERSION = 2
 
@@ -64,7 +63,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         sort_keys=True,
     )
     metadata = {"plan": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-    replace_file(Path(path), save(tensors, metadata=metadata))
+    replace_file(Path(path), tensor_bytes(tensors, metadata))
 
 
 def load_plan(path: str | Path) -> Plan:

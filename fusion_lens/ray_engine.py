@@ -52,7 +52,7 @@ class RayEngine:
         *,
         workers: int = 2,
         address: str | None = None,
-        gpus_per_worker: float = 0.0,
+        gpus_per_worker: float | int = 0.0,
         threads: int = 1,
     ) -> None:
         for name, value in (("workers", workers), ("threads", threads)):
@@ -268,6 +268,11 @@ class _Actor:
     def solve(self, task: Task) -> Solved:
         self._done = 0
         return self._opened().solve(task, self._tell)
+
+    def home(self) -> str:
+        """The machine of the cluster that it is on."""
+        found: str = _ray().get_runtime_context().get_node_id()
+        return found
 
     def done(self) -> int:
         """How many trials of the task in work are done."""

@@ -44,11 +44,20 @@ class Recipe:
             ModelError: if the perplexity model cannot be opened.
             DictionaryError: if a dictionary does not fit the model.
         """
-        fluency = None
-        if self.fluency is not None:
-            source = CHECKPOINT if self.fluency == "atlas" else self.fluency
-            fluency = PerplexityModel(source, device=self.device)
+        fluency = open_perplexity(self.fluency, self.device)
         shelved = open_dictionaries(self.dictionaries, model)
         return Worker(
             model, fluency=fluency, explain=explainer(model, shelved) if shelved else None
         )
+
+
+def open_perplexity(source: str | None, device: str | None) -> PerplexityModel | None:
+    """The perplexity model of that folder or hub name, or Atlas; None where the model is to read
+    its own text.
+
+    Raises:
+        ModelError: if it cannot be opened.
+    """
+    if source is None:
+        return None
+    return PerplexityModel(CHECKPOINT if source == "atlas" else source, device=device)

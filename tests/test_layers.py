@@ -63,7 +63,8 @@ LAYERS = (
     },
     {"run_plots"},
     {"plots"},
-    {"protocols", "feature_report", "shelves", "report_page"},
+    {"protocols", "feature_report", "shelves", "report_page", "ray_engine"},
+    {"recipes"},
     {"cli_options", "cli_inputs"},
     {"cli"},
 )
@@ -75,6 +76,7 @@ ATLAS_USERS = {
     "models": {"atlas"},
     "cli": {"atlas", "atlas.questions"},
     "cli_inputs": {"atlas"},
+    "recipes": {"atlas"},
 }
 ATLAS_KNOWS = {"errors", "scores", "questions", "contrasts"}
 # its dictionaries are made and judged on the hook points
