@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods clean
+.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -46,6 +46,9 @@ bench-long: $(STAMP)
 
 bench-features: $(STAMP)
 	$(BIN)/python benchmarks/features.py
+
+bench-ray: $(STAMP)
+	$(BIN)/python benchmarks/ray_workers.py
 
 bench-methods: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
