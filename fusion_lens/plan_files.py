@@ -2,7 +2,8 @@
 else as JSON metadata. Version 1, which knew one kind of step, is read too.
 
 safetensors has no checksum (flipped bits load silently), so the metadata carries a SHA-256 over the
-tensors, and a second one over the JSON itself. A file is on the disk whole or not at all.
+tensors, and a second one over the JSON itself. A file is on the disk whole or not at all, and equal
+plans are equal files, byte for byte.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         sort_keys=True,
     )
     metadata = {"plan": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-    replace_file(Path(path), save(tensors, metadata=metadata))
+    replace_file(Path(path), _in_order(save(tensors, metadata=metadata)))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -114,6 +115,17 @@ def _plan_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
         read = _KINDS[one_of("a step's kind", kind, tuple(_KINDS))]
         steps.append(read(told, own, model))
     return Plan(tuple(steps))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: safetensors writes them in a random order."""
+    start, stop = 8, 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[start:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # tensors begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[stop:]
 
 
 def _of_step(step: Step) -> tuple[dict[str, Any], dict[str, Tensor]]:
