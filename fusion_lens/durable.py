@@ -73,6 +73,28 @@ def cut(path: Path, size: int) -> None:
         raise OutputError(path, error.strerror or str(error)) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it is in, where they are missing.
+
+    Raises:
+        OSError: if one cannot be made.
+    """
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Put on the disk what another process may have left in a cache.
+
+    Raises:
+        OSError: if the file cannot be opened.
+    """
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder, what was moved there or taken away, last.
 

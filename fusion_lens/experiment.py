@@ -180,8 +180,11 @@ class _Kept(Protocol):
 
     done: set[tuple[str, str]]
     detailed: set[str]
+    lent: dict[str, int]
 
     def add(self, made: Made) -> None: ...
+
+    def keep_lent(self, lent: Mapping[str, int]) -> None: ...
 
     def records(self) -> list[Result]: ...
 
@@ -198,6 +201,7 @@ class _Memory:
     def __init__(self) -> None:
         self.done: set[tuple[str, str]] = set()
         self.detailed: set[str] = set()
+        self.lent: dict[str, int] = {}
         self._records: list[Result] = []
         self._details: list[Detail] = []
         self._failures: list[Failure] = []
@@ -206,6 +210,9 @@ class _Memory:
         self._records += made.records
         self._details += made.details
         self._failures += made.failures
+
+    def keep_lent(self, lent: Mapping[str, int]) -> None:
+        self.lent = dict(lent)
 
     def records(self) -> list[Result]:
         return self._records
@@ -235,7 +242,7 @@ class _Loop:
         self._stop = stop
         self._unprepared: dict[str, Failure] = {}
         self.log = EngineLog()
-        self.lent: dict[str, int] = {"n": 0, "mismatched": 0, "sharing_a_word": 0}
+        self.lent = kept.lent or {"n": 0, "mismatched": 0, "sharing_a_word": 0}
         self.found = len(kept.done)
         self.prepared = {name for name, _ in kept.done}
 
@@ -257,8 +264,12 @@ class _Loop:
         if not wanted:
             return
         asked = [question for question in questions if question.id in wanted]
-        lending = {question.id for question in donors} if config.lends else set(wanted)
-        everyone = {q.id: q for q in (*(donors if config.lends else ()), *asked)}
+        lending = {question.id for question in (donors if config.lends else questions)}
+        others: Sequence[Question] = donors if config.lends else ()
+        if not config.lends and not wanted.keys() <= self._kept.detailed:
+            # a question's details hold it against all others, those that are done among them
+            others = questions
+        everyone = {q.id: q for q in (*others, *asked)}
         ordered = [everyone[name] for name in sorted(everyone)]
         size = self._engine.block_size(config.block_size, len(ordered))
         blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -266,9 +277,12 @@ class _Loop:
         lent = gathered(self._ready(blocks, show), lending, seed=seed, centre=config.centre)
         with lent as lenders:
             self._unprepared = {name: lenders.failures[name] for name in lenders.failures}
-            self._count_lent(lenders, list(wanted))
+            # of a run that goes on, only a part may have been prepared
+            if not self._kept.lent:
+                self.lent = _lent(lenders, [question.id for question in questions], config)
             if self._stop.asked:
                 return
+            self._kept.keep_lent(self.lent)
             self._solve(wanted, lenders, len(questions), show)
 
     def records(self, ids: Sequence[str]) -> list[Result]:
@@ -307,15 +321,6 @@ class _Loop:
             yield ready
             if self._stop.asked:
                 return
-
-    def _count_lent(self, lenders: Lenders, names: Sequence[str]) -> None:
-        mismatched = "mismatched" in self._config.arms
-        lent = [lenders.donors[name] for name in names if mismatched and name in lenders.donors]
-        self.lent = {
-            "n": len(lenders.generic.of),
-            "mismatched": len(lent),
-            "sharing_a_word": sum(donor.shared > 0 for donor in lent),
-        }
 
     def _solve(
         self,
@@ -371,6 +376,17 @@ class _Loop:
         plans = {pair: own.plan for pair, own in found.items()}
         self._kept.add(Made(plans, solved.details, solved.failures, records))
         self.prepared |= {name for name, _ in solved.pairs}
+
+
+def _lent(lenders: Lenders, names: Sequence[str], config: ExperimentConfig) -> dict[str, int]:
+    """How many lend, and how many of these questions have a donor."""
+    mismatched = "mismatched" in config.arms
+    lent = [lenders.donors[name] for name in names if mismatched and name in lenders.donors]
+    return {
+        "n": len(lenders.generic.of),
+        "mismatched": len(lent),
+        "sharing_a_word": sum(donor.shared > 0 for donor in lent),
+    }
 
 
 def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:

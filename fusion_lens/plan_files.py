@@ -2,7 +2,8 @@
 else as JSON metadata. Version 1, which knew one kind of step, is read too.
 
 safetensors has no checksum (flipped bits load silently), so the metadata carries a SHA-256 over the
-tensors, and a second one over the JSON itself. A file is on the disk whole or not at all.
+tensors, and a second one over the JSON itself. A file is on the disk whole or not at all, and equal
+plans are equal files, byte for byte.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 | `run.json` | what is run, by content: a run goes on only as what it was |
 | `results.jsonl`, `details.jsonl`, `failures.jsonl` | lines: (question, arm), question, failure |
 | `plans/*.safetensors` | the plan of every tuned arm |
+| `donors.json` | how many questions lend, which is known when all are prepared |
 | `summary.json` | written last: a folder without it holds a run that did not end |
 
 Lines are only added, and are on the disk before the next are made: a result is there only after
@@ -24,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fusion_lens.details import DETAILS, Detail, load_details, read_detail
-from fusion_lens.durable import PART, cut, replace_file, sync_folder
+from fusion_lens.durable import PART, cut, make_folder, replace_file, sync_file, sync_folder
 from fusion_lens.errors import InputFileError, OutputError, ResumeError, one_of
 from fusion_lens.json_lines import (
     NOT_JSON,
@@ -49,6 +50,7 @@ from fusion_lens.results import (
 
 RUN = "run.json"
 FAILURES = "failures.jsonl"
+DONORS = "donors.json"
 LOCK = ".lock"
 EXISTING = ("refuse", "resume", "overwrite")
 _MOST_TOLD = 6
@@ -69,13 +71,15 @@ class RunFolder:
 
     `identity` is what is run. `existing` says what becomes of an earlier run there: "refuse",
     "resume" (what is done stays) or "overwrite". `done` are the (question, arm) with a result,
-    `detailed` the questions with details.
+    `detailed` the questions whose details are settled: there, or a failure that lasts; `lent` what
+    `keep_lent` kept, if it did.
 
     Raises:
         OutputError: if it cannot be made or written, holds files but no run, holds one that is to
             be refused, or another process is writing there.
         ResumeError: if the run in it is another one.
-        InputFileError: if a line that was written before others is damaged; names it.
+        InputFileError: if a line that was written before others is damaged, naming it, or a file
+            that is replaced whole.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class RunFolder:
         self.path = Path(path)
         self.done: set[tuple[str, str]] = set()
         self.detailed: set[str] = set()
+        self.lent: dict[str, int] = {}
         self._lock = self._locked()
         try:
             self._open(_as_json(identity), existing)
@@ -125,6 +130,16 @@ class RunFolder:
         append_lines(self.path / RESULTS, made.records)
         self._know(made.records, made.details)
 
+    def keep_lent(self, lent: Mapping[str, int]) -> None:
+        """Keep what is lent, unless it is known already.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        if not self.lent:
+            self.lent = dict(lent)
+            replace_file(self.path / DONORS, _json(lent))
+
     def records(self) -> list[Result]:
         """All results so far."""
         return list(load_records(self.path / RESULTS))
@@ -157,7 +172,7 @@ class RunFolder:
 
     def _locked(self) -> FileLock:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             lock = FileLock(self.path / LOCK, timeout=0)
             lock.acquire()
         except Timeout:
@@ -174,8 +189,8 @@ class RunFolder:
             self._clear()
         (self.path / SUMMARY).unlink(missing_ok=True)
         sync_folder(self.path)
-        replace_file(self.path / RUN, (json.dumps(identity, indent=1) + "\n").encode())
-        (self.path / "plans").mkdir(exist_ok=True)
+        replace_file(self.path / RUN, _json(identity))
+        make_folder(self.path / "plans")
         for part in (*self.path.glob(f"*{PART}"), *(self.path / "plans").glob(f"*{PART}")):
             part.unlink()
         self._recover()
@@ -199,6 +214,13 @@ class RunFolder:
         lasting = [own for own in failures if own.arm is None and own.question_id in finished]
         if len(lasting) < len(failures):
             replace_lines(self.path / FAILURES, lasting)
+        self.detailed |= {own.question_id for own in lasting}
+        if (self.path / DONORS).exists():
+            self.lent = _read_json(self.path / DONORS)
+        # who was killed may have left in a cache what is built on from here
+        for name in (DETAILS, FAILURES, RESULTS):
+            sync_file(self.path / name)
+        sync_folder(self.path)
 
     def _know(self, records: Iterable[Result], details: Iterable[Detail]) -> None:
         self.done |= {(own.question_id, own.arm) for own in records}
@@ -217,7 +239,7 @@ class RunFolder:
         nothing of it is left."""
         figures = self.path / "figures"
         for stale in (
-            *(self.path / name for name in (SUMMARY, RESULTS, DETAILS, FAILURES)),
+            *(self.path / name for name in (SUMMARY, RESULTS, DETAILS, FAILURES, DONORS)),
             *(self.path / name for name in ("report.md", "report.html")),
             *(self.path / "plans").glob("*.safetensors"),
             *figures.glob("*.html"),
@@ -279,13 +301,7 @@ def _require_same(path: Path, identity: Mapping[str, Any]) -> None:
             f"a run must have {RUN} to be continued, but {path.parent} has none: it was written by "
             "an older version; replace it (overwrite, --overwrite)."
         )
-    try:
-        was = json.loads(path.read_bytes())
-    except NOT_JSON as error:
-        raise InputFileError(path, f"must be JSON: {error}") from error
-    if not isinstance(was, dict):
-        raise InputFileError(path, f"must be a JSON object, but got {type(was).__name__}")
-    before, now = dict(_leaves(was)), dict(_leaves(identity))
+    before, now = dict(_leaves(_read_json(path))), dict(_leaves(identity))
     names = [name for name in (before | now) if before.get(name) != now.get(name)]
     if names:
         told = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
@@ -295,6 +311,20 @@ def _require_same(path: Path, identity: Mapping[str, Any]) -> None:
             + (f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else "")
             + ". Run as before, replace it (overwrite, --overwrite), or choose another folder."
         )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except NOT_JSON as error:
+        raise InputFileError(path, f"must be JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputFileError(path, f"must be a JSON object, but got {type(content).__name__}")
+    return content
 
 
 def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:

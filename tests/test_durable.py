@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from fusion_lens.durable import append_to, cut, replace_file, replace_text
+from fusion_lens.durable import (
+    append_to,
+    cut,
+    make_folder,
+    replace_file,
+    replace_text,
+    sync_file,
+)
 from fusion_lens.errors import OutputError
 
 
@@ -34,9 +41,9 @@ def test_what_was_there_stays_where_the_new_cannot_be_written(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_everything_is_on_the_disk_before_a_call_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is called that puts something on the disk."""
     done: list[str] = []
     real = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
 
@@ -53,6 +60,10 @@ def test_everything_is_on_the_disk_before_a_call_returns(
 
     for name in real:
         monkeypatch.setattr(os, name, watched(name))
+    return done
+
+
+def test_everything_is_on_the_disk_before_a_call_returns(tmp_path: Path, done: list[str]) -> None:
     path = tmp_path / "file"
     replace_file(path, b"one")
     assert done == ["fsync file.part", "replace", "fsync folder"]
@@ -60,6 +71,19 @@ def test_everything_is_on_the_disk_before_a_call_returns(
     append_to(path, b"two")
     append_to(tmp_path / "new", b"one")
     assert done == ["fsync file", "fsync new", "fsync folder"]
+    done.clear()
+    sync_file(path)
+    assert done == ["fsync file"]
+
+
+def test_a_folder_is_made_with_those_it_is_in_and_all_their_names_are_on_the_disk(
+    tmp_path: Path, done: list[str]
+) -> None:
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert done == ["fsync a", "fsync folder"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(done) == 2
 
 
 def test_a_file_grows_at_its_end_and_is_cut(tmp_path: Path) -> None:

@@ -152,6 +152,13 @@ def lines_without_times(folder) -> list[str]:
     return [json.dumps(json.loads(line) | {"seconds": 0, "crc32": ""}) for line in lines]
 
 
+def same_summary(results) -> dict[str, Any]:
+    """What is the same however often the run was taken up, in whatever blocks."""
+    summary = json.loads(json.dumps(results.summary))
+    del summary["provenance"]["settings"]["block_size"]
+    return {k: v for k, v in summary.items() if k not in ("seconds", "resumed", "engine")}
+
+
 def test_results_are_byte_equal_in_any_order_and_any_blocks(tiny, finished, tmp_path) -> None:
     _, folder = finished
     config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=2)
@@ -317,6 +324,9 @@ def test_a_second_interrupt_ends_the_run_at_once_and_loses_the_block_in_work(
     results = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
     assert (results.summary["resumed"], results.summary["interrupted"]) == (3, False)
     assert lines_without_times(tmp_path) == lines_without_times(finished[1])
+    # the others' deltas among them
+    assert results.details == finished[0].details
+    assert same_summary(results) == same_summary(finished[0])
 
 
 def test_what_is_done_is_not_done_again(tiny, tmp_path, monkeypatch, finished) -> None:
@@ -348,6 +358,19 @@ def test_what_is_done_is_not_done_again(tiny, tmp_path, monkeypatch, finished) -
     assert again.records == results.records
     same = ("arms", "comparisons", "groups", "failures", "questions")
     assert {key: again.summary[key] for key in same} == {key: results.summary[key] for key in same}
+
+
+def test_what_questions_lend_is_told_of_all_of_them_however_few_were_left(tiny, tmp_path) -> None:
+    config = ExperimentConfig(arms=("mismatched",), tuning=QUICK, reach=False)
+    before = run(tiny, QUESTIONS[:2], config, donors=QUESTIONS, out=tmp_path)
+    assert before.summary["donors"] == {"n": 3, "mismatched": 2, "sharing_a_word": 0}
+    for name in ("b", "a", None):
+        if name is not None:
+            plan_path(tmp_path, name, "mismatched").unlink()
+        options = {"donors": QUESTIONS, "out": tmp_path, "existing": "resume"}
+        after = run(tiny, QUESTIONS[:2], config, **options)
+        assert after.summary["resumed"] == (2 if name is None else 1)
+        assert same_summary(after) == same_summary(before)
 
 
 def test_a_plan_that_is_gone_is_made_again(tiny, tmp_path) -> None:
@@ -437,6 +460,10 @@ def test_details_that_fail_are_a_failure_that_lasts(tiny, tmp_path, monkeypatch,
     assert results.summary["failures"] == told
     again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
     assert again.summary["failures"] == told
+    # once, also where an arm of the question is made again
+    plan_path(tmp_path, "b", "full").unlink()
+    again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert (again.summary["failures"], again.summary["resumed"]) == (told, 8)
 
 
 def test_any_number_of_segments(tiny) -> None:

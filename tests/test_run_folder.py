@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -213,6 +214,46 @@ def test_failures_are_tried_again_but_for_details_of_what_is_done(tmp_path: Path
         assert run.failures() == [untold, failed, unrun]
     with opened(tmp_path, "resume") as run:
         assert run.failures() == [untold]
+
+
+def test_details_that_failed_for_good_are_settled(tmp_path: Path) -> None:
+    untold = Failure("lovelace", None, "RuntimeError", "no features")
+    with opened(tmp_path) as run:
+        run.add(made([LOVELACE], details=[], failures=[untold]))
+    with opened(tmp_path, "resume") as run:
+        assert run.detailed == {"lovelace"}
+
+
+def test_what_is_lent_is_kept_once(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        assert run.lent == {}
+        run.keep_lent({"n": 6})
+        run.keep_lent({"n": 2})
+    with opened(tmp_path, "resume") as run:
+        assert run.lent == {"n": 6}
+    (tmp_path / "donors.json").write_bytes(b"[6]")
+    with pytest.raises(InputFileError, match="must be a JSON object, but got list"):
+        opened(tmp_path, "resume")
+    with opened(tmp_path, "overwrite") as run:
+        assert run.lent == {}
+
+
+def test_what_a_killed_run_left_in_a_cache_is_put_on_the_disk_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as run:
+        run.add(made([LOVELACE]))
+    synced = []
+    real = os.fsync
+
+    def watched(number: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{number}").resolve())
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with opened(tmp_path, "resume"):
+        lines = [tmp_path / name for name in ("details.jsonl", "failures.jsonl", "results.jsonl")]
+        assert synced[-4:] == [*lines, tmp_path]
 
 
 def test_a_damaged_line_before_a_good_one_is_named(tmp_path: Path) -> None:
