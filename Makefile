@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods clean
+.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray clean
 
 run: $(STAMP)
-	$(BIN)/fusion-lens run --out runs/atlas
+	$(BIN)/fusion-lens run --out runs/atlas --overwrite
 
 # two processes of one thread each: more threads than cores slow small products by orders of magnitude
 test: $(STAMP) lint types
@@ -46,6 +46,9 @@ bench-long: $(STAMP)
 
 bench-features: $(STAMP)
 	$(BIN)/python benchmarks/features.py
+
+bench-ray: $(STAMP)
+	$(BIN)/python benchmarks/ray_workers.py
 
 bench-methods: $(STAMP)
 	$(BIN)/python benchmarks/methods.py

@@ -32,11 +32,11 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.faithfulness import Case, Faithfulness, faithfulness
 from fusion_lens.feature_plots import plot_faithfulness
 from fusion_lens.golds import FUNCTION_WORDS
-from fusion_lens.lenders import Lenders
+from fusion_lens.lenders import Lenders, Ready, gathered
 from fusion_lens.models import HookedModel
 from fusion_lens.pictures import write_figures
 from fusion_lens.plans import make_plan, thirds
-from fusion_lens.preparation import with_engine_shape
+from fusion_lens.preparation import prepare, with_engine_shape
 from fusion_lens.scores import words
 from fusion_lens.shelves import Label, Shelved, open_dictionaries
 from fusion_lens.statistics import compare, holm
@@ -108,7 +108,7 @@ def named_shares(
     own, lent = [], []
     for tuned in plans:
         item, step = tuned.job.prepared, tuned.plan.steps[0]
-        donated = lenders.lend("mismatched", item)
+        donated = lenders.lend("mismatched", item, model)
         assert donated is not None
         mismatched = make_plan(donated, step.coeffs, step.segments)
         text = Text(item.prompt, tuned.best.completion.tokens, tuned.plan)
@@ -206,8 +206,10 @@ def main() -> None:
     asked = split[:limit]
     config = with_engine_shape(model, available, TuningConfig(), n_rows=5 * len(asked))
     result: dict[str, Any] = {"questions": len(asked), "top": TOP}
-    with Lenders(model, config) as lenders:
-        lenders.gather(asked, split, block_size=64, log=EngineLog())
+    ordered = sorted(split, key=lambda question: question.id)
+    ready = Ready(*prepare(model, ordered, config), EngineLog())
+    lending = {question.id for question in split}
+    with gathered([ready], lending, seed=config.search.seed) as lenders:
         tuned = tuned_plans(model, lenders, [question.id for question in asked], config)
         plans = [each for each in tuned if each.plan.injected_norm]
         result["zero_plans"] = len(tuned) - len(plans)

@@ -16,8 +16,8 @@ from fusion_lens.deltas import make_deltas as make_deltas
 from fusion_lens.dictionaries import Dictionary as Dictionary
 from fusion_lens.dictionaries import fit_to_model as fit_to_model
 from fusion_lens.errors import FusionLensError as FusionLensError
-from fusion_lens.experiment import ExperimentConfig as ExperimentConfig
 from fusion_lens.experiment import run as run
+from fusion_lens.experiment_config import ExperimentConfig as ExperimentConfig
 from fusion_lens.generation import Completion as Completion
 from fusion_lens.generation import GenerationConfig as GenerationConfig
 from fusion_lens.generation import Row as Row

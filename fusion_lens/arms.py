@@ -82,6 +82,11 @@ class Chosen:
     n_samples: int = 1
 
     @property
+    def question_id(self) -> str:
+        """The question's."""
+        return self.prepared.question.id
+
+    @property
     def plan(self) -> Plan | None:
         """The chosen plan; None where it does nothing."""
         if self.tuned is None or not self.tuned.plan.injected_norm:
@@ -151,11 +156,14 @@ def choose(
     segments: Mapping[str, tuple[Segment, ...]],
     *,
     progress: Progress | None = None,
-) -> tuple[list[Chosen], bool]:
-    """Every arm's choice for every question, and whether an interrupt ended the searches early.
+) -> list[Chosen]:
+    """Every arm's choice for every question.
 
     An arm whose vectors or mask nobody can lend, or whose prompt does not fit the context, chooses
     nothing for that question.
+
+    Raises:
+        KeyboardInterrupt: if interrupted; half a search is no choice.
     """
     chosen: list[Chosen] = []
     if prepared and {"baseline", "best_of_n"}.intersection(arms):
@@ -186,10 +194,12 @@ def choose(
     tuned, interrupted = tune_jobs(
         bench.model, jobs, bench.config, score=bench.score, progress=progress, log=bench.log
     )
+    if interrupted:
+        raise KeyboardInterrupt
     chosen += [Chosen(t.job.prepared, t.job.arm, t.best, t.seconds, tuned=t) for t in tuned]
     order = {item.question.id: n for n, item in enumerate(prepared)}
     chosen.sort(key=lambda each: (order[each.prepared.question.id], arms.index(each.arm)))
-    return chosen, interrupted
+    return chosen
 
 
 def most_rows(config: TuningConfig, pool: Sequence[Question]) -> int:
@@ -255,7 +265,7 @@ def _job(
     bench: Bench, item: Prepared, arm: str, segments: Mapping[str, tuple[Segment, ...]]
 ) -> Job | None:
     kind = TUNED[arm]
-    deltas = bench.lenders.lend(kind.vectors, item)
+    deltas = bench.lenders.lend(kind.vectors, item, bench.model)
     ranking = bench.lenders.ranking(item) if kind.masked else None
     if deltas is None or (kind.masked and ranking is None):
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +20,11 @@ import typer
 from fusion_lens.cli_inputs import (
     dictionary_names,
     open_contrasts,
-    open_fluency,
     open_judge,
     open_model,
     open_questions,
     require_writable,
+    resuming_command,
     segments_of,
     typed_command,
     whole_numbers,
@@ -40,7 +41,7 @@ from fusion_lens.cli_options import (
     given,
     with_settings,
 )
-from fusion_lens.errors import ConfigError, FusionLensError, QuestionError
+from fusion_lens.errors import ConfigError, FusionLensError, QuestionError, one_of
 
 if TYPE_CHECKING:
     from fusion_lens.models import HookedModel
@@ -54,6 +55,7 @@ app = typer.Typer(
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
 
+ENGINES = ("local", "ray")
 _GATE_QUESTIONS = 100
 
 # typer has a copy of click of its own or uses the installed one, depending on its version
@@ -65,9 +67,28 @@ _ClickException: Any = next(
 @app.command()
 @with_settings
 def run(
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; an earlier run in it is replaced.")
-    ] = Path("runs/latest"),
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in that folder where it ended."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in that folder.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: several, here or on a cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="With ray: a cluster's, auto for the one started here; else its own."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="With ray: processes, each with the model once.")
+    ] = 2,
+    gpus_per_worker: Annotated[
+        float, typer.Option(help="With ray: GPUs of each, of which a part is allowed.")
+    ] = 0.0,
+    threads_per_worker: Annotated[int, typer.Option(help="With ray: CPU threads of each.")] = 1,
     questions: Annotated[
         str | None,
         typer.Option(
@@ -159,17 +180,20 @@ def run(
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
     from fusion_lens.atlas import UNRELATED
+    from fusion_lens.durable import replace_text
     from fusion_lens.experiment import run as run_experiment
     from fusion_lens.pictures import write_figures
     from fusion_lens.progress import bars
     from fusion_lens.question_gates import fit_question_gate, held_out
     from fusion_lens.questions import select_questions, stratified
+    from fusion_lens.ray_engine import RayEngine
+    from fusion_lens.recipes import Recipe
     from fusion_lens.report import failure_lines, markdown_report
     from fusion_lens.report_page import html_report
-    from fusion_lens.results import write_text
+    from fusion_lens.run_folder import require_free
     from fusion_lens.run_plots import run_figures
     from fusion_lens.selection import select_failed
-    from fusion_lens.shelves import explainer, open_dictionaries
+    from fusion_lens.workers import Engine, LocalEngine
 
     if limit < 1:
         raise ConfigError(f"limit must be at least 1, but got {limit}.")
@@ -208,16 +232,35 @@ def run(
         "limit": None if question_id else limit,
         "available": len(matching),
     }
+    if resume and overwrite:
+        raise ConfigError("a run can be resumed or overwritten, but got both; leave one out.")
+    existing = "resume" if resume else "overwrite" if overwrite else "refuse"
+    require_free(out, existing)
     require_writable(out / "results.jsonl")
     judging = open_judge(
         judge, judge_cache, settings.grade if grade is None else grade, judge_price
     )
     if grade and not judging.grade:
         raise ConfigError(f"grades need a judge model, but the judge {judging.name} gives none.")
-    fluency = open_fluency(settings, device)
-    opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
-    shelved = open_dictionaries(dictionary_names(dictionary, model), opened)
-    with bars() as progress:
+    one_of("engine", engine, ENGINES)
+    names = tuple(dictionary_names(dictionary, model))
+    recipe = Recipe(model, dtype, device, load_in_8bit, settings.perplexity_model, names)
+    with ExitStack() as stack:
+        on: Engine
+        if engine == "ray":
+            ray = RayEngine(
+                recipe,
+                workers=workers,
+                address=address,
+                gpus_per_worker=gpus_per_worker,
+                threads=threads_per_worker,
+            )
+            on = stack.enter_context(ray)
+        if engine == "local" or failed or "gated" in config.arms:
+            opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
+        if engine == "local":
+            on = LocalEngine(recipe.worker(opened))
+        progress = stack.enter_context(bars())
         if failed:
             selected = select_failed(
                 opened,
@@ -239,24 +282,27 @@ def run(
         if "gated" in config.arms:
             others = held_out(available, chosen)
             gate = fit_question_gate(opened, others[:_GATE_QUESTIONS], tuning)
-        results = run_experiment(
-            opened,
-            chosen,
-            config,
-            out=out,
-            pool=available,
-            donors=[question for question in available if question.split in splits],
-            judge=judging,
-            fluency=fluency,
-            explain=explainer(opened, shelved) if shelved else None,
-            gate=gate,
-            source=source,
-            command=typed_command(),
-            progress=progress,
-        )
+        try:
+            results = run_experiment(
+                on,
+                chosen,
+                config,
+                out=out,
+                existing=existing,
+                pool=available,
+                donors=[question for question in available if question.split in splits],
+                judge=judging,
+                gate=gate,
+                source=source,
+                command=typed_command(),
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            print(f"interrupted; to go on: {resuming_command()}", file=sys.stderr)
+            return 130
     _print_tables(results.summary)
-    write_text(out / "report.md", markdown_report(results.summary))
-    write_text(out / "report.html", html_report(results))
+    replace_text(out / "report.md", markdown_report(results.summary))
+    replace_text(out / "report.html", html_report(results))
     missing = write_figures(run_figures(results), out / "figures")
     if missing is not None:
         print(missing)
@@ -264,6 +310,7 @@ def run(
         print(f"failed: {line}", file=sys.stderr)
     print(f"written to {out} in {results.summary['seconds']:.0f} s")
     if results.summary["interrupted"]:
+        print(f"interrupted; to go on: {resuming_command()}", file=sys.stderr)
         return 130
     return 3 if results.summary["failures"] else 0
 
@@ -273,14 +320,15 @@ def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
 ) -> int:
     """Print the tables of a run and write its report.md and report.html."""
+    from fusion_lens.durable import replace_text
     from fusion_lens.report import markdown_report
     from fusion_lens.report_page import html_report
-    from fusion_lens.results import load_results, write_text
+    from fusion_lens.results import load_results
 
     results = load_results(folder)
     _print_tables(results.summary)
-    write_text(folder / "report.md", markdown_report(results.summary))
-    write_text(folder / "report.html", html_report(results))
+    replace_text(folder / "report.md", markdown_report(results.summary))
+    replace_text(folder / "report.html", html_report(results))
     print(f"written to {folder / 'report.md'} and {folder / 'report.html'}")
     return 0
 
@@ -328,6 +376,7 @@ def tune(
     from fusion_lens.plan_files import save_plan
     from fusion_lens.progress import bars
     from fusion_lens.questions import Question
+    from fusion_lens.recipes import open_perplexity
     from fusion_lens.search import check_storage
     from fusion_lens.tuning import export_tuned
     from fusion_lens.tuning import tune as tune_question
@@ -336,7 +385,7 @@ def tune(
     require_writable(out)
     if storage is not None:
         check_storage(storage, [asked.question])
-    fluency = open_fluency(settings, device)
+    fluency = open_perplexity(settings.perplexity_model, device)
     opened = open_model(model, dtype, device, load_in_8bit=load_in_8bit)
     with bars() as progress:
         tuned = tune_question(
@@ -709,6 +758,7 @@ def _tuned_text_of(
     """What a question's plan writes, found by a search."""
     from fusion_lens.progress import bars
     from fusion_lens.questions import select_questions
+    from fusion_lens.recipes import open_perplexity
     from fusion_lens.teacher_forcing import Text
     from fusion_lens.tuning import tune as tune_question
 
@@ -719,7 +769,7 @@ def _tuned_text_of(
             asked,
             segments=segments_of(segments),
             config=settings.experiment.tuning,
-            fluency=open_fluency(settings, device),
+            fluency=open_perplexity(settings.perplexity_model, device),
             progress=progress,
         )
     if not tuned.plan.injected_norm:

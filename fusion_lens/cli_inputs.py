@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fusion_lens.contrasts import Example
     from fusion_lens.judges import Judge
     from fusion_lens.models import HookedModel
-    from fusion_lens.perplexity import PerplexityModel
-    from fusion_lens.protocols import Protocol
     from fusion_lens.questions import Question
 
 _SIMPLEQA = "basicv8vc/SimpleQA"
@@ -30,17 +28,6 @@ _SIMPLEQA = "basicv8vc/SimpleQA"
 def segments_of(text: str) -> str | int:
     """A number of even segments, or the name of a division."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
-
-
-def open_fluency(settings: Protocol, device: str | None) -> PerplexityModel | None:
-    """The perplexity model that the settings name; None where the model reads its own text."""
-    if settings.perplexity_model is None:
-        return None
-    from fusion_lens.atlas import CHECKPOINT
-    from fusion_lens.perplexity import PerplexityModel
-
-    source = settings.perplexity_model
-    return PerplexityModel(CHECKPOINT if source == "atlas" else source, device=device)
 
 
 def _price(text: str | None) -> tuple[float, float] | None:
@@ -152,6 +139,12 @@ def typed_command() -> str:
         else:
             words.append(word)
     return shlex.join(words)
+
+
+def resuming_command() -> str:
+    """What to type to go on with the run that was typed."""
+    words = [word for word in typed_command().split(" ") if word not in ("--overwrite", "--resume")]
+    return " ".join([*words, "--resume"])
 
 
 def require_writable(path: Path) -> None:

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusion_lens.durable import replace_text
 from fusion_lens.errors import ConfigError, ContrastError, InputFileError, one_of, require_text
-from fusion_lens.record_files import Layout, jsonl_line, load_records, text_field, write_text
+from fusion_lens.record_files import Layout, jsonl_line, load_records, text_field
 
 PARTS = ("fit", "choose", "report")
 KINDS = ("source", "target", "control")
@@ -311,12 +312,12 @@ def _reader(kind: type[Item], prefix: str) -> Callable[[Path, int, Mapping[str, 
 def _save(items: Iterable[Pair | Example], kind: type[Pair] | type[Example], path: Path) -> None:
     records = [asdict(item) for item in items]
     if path.suffix == ".jsonl":
-        write_text(path, "".join(map(jsonl_line, records)))
+        replace_text(path, "".join(map(jsonl_line, records)))
     elif path.suffix == ".csv":
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, [field.name for field in fields(kind)])
         writer.writeheader()
         writer.writerows(records)
-        write_text(path, text.getvalue())
+        replace_text(path, text.getvalue())
     else:
         raise ConfigError(f"the name must end in .jsonl or .csv, but got {path.name!r}.")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from fusion_lens.crosscoders import (
@@ -32,6 +31,7 @@ from fusion_lens.crosscoders import (
     make_normaliser,
 )
 from fusion_lens.dictionaries import Card
+from fusion_lens.durable import replace_file, replace_text
 from fusion_lens.errors import ConfigError, DictionaryError, InputFileError, OutputError
 from fusion_lens.models import resid_post
 from fusion_lens.tensor_files import (
@@ -40,6 +40,7 @@ from fusion_lens.tensor_files import (
     read_config,
     read_tensors,
     require_finite,
+    tensor_bytes,
     tensors_digest,
 )
 
@@ -146,12 +147,11 @@ def save_crosscoder(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{WEIGHTS}.part"
-        part.write_bytes(save(tensors, metadata=metadata))
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        part.replace(folder / WEIGHTS)
     except OSError as error:
         raise OutputError(folder, error.strerror or str(error)) from error
+    # the weights carry the checksum, and are what makes the folder a crosscoder
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    replace_file(folder / WEIGHTS, tensor_bytes(tensors, metadata))
 
 
 def _rounded(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

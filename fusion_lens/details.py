@@ -7,13 +7,12 @@ in, and which tokens it made likelier.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_lens.errors import InputFileError
-from fusion_lens.json_lines import append_lines, read_lines
+from fusion_lens.json_lines import read_lines
 
 DETAILS = "details.jsonl"
 
@@ -90,15 +89,6 @@ class Detail:
         )
 
 
-def append_details(folder: Path, details: Iterable[Detail]) -> None:
-    """Add lines to `details.jsonl`.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    append_lines(folder / DETAILS, details)
-
-
 def load_details(folder: Path) -> tuple[Detail, ...]:
     """Those of a run; none where it kept none.
 
@@ -106,14 +96,11 @@ def load_details(folder: Path) -> tuple[Detail, ...]:
         InputFileError: if the file is malformed; names the line.
     """
     path = folder / DETAILS
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
-    return read_lines(path, text, _detail, noun="a question's details")
+    return read_lines(path, read_detail, noun="a question's details") if path.is_file() else ()
 
 
-def _detail(content: Mapping[str, Any]) -> Detail:
+def read_detail(content: Mapping[str, Any]) -> Detail:
+    """That of a line; refuses what is malformed with TypeError, KeyError or ValueError."""
     share = content["generic_share"]
     return Detail(
         question_id=content["question_id"],

@@ -38,11 +38,29 @@ def unrelated_texts(model: HookedModel, path: str | Path, *, n_tokens: int = 200
     Raises:
         InputFileError: if the file cannot be read or holds fewer tokens.
     """
-    path = Path(path)
+    return pieces_of(model, read_text(path), path, n_tokens=n_tokens)
+
+
+def read_text(path: str | Path) -> str:
+    """A text file.
+
+    Raises:
+        InputFileError: if it cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputFileError(path, f"must be readable UTF-8 text: {error}") from error
+
+
+def pieces_of(
+    model: HookedModel, text: str, path: str | Path, *, n_tokens: int = 2000
+) -> list[Prompt]:
+    """`unrelated_texts` of what was read from `path`.
+
+    Raises:
+        InputFileError: if it holds fewer tokens.
+    """
     whole = tokenize(model, text)
     head = _leading(whole)
     own = WINDOW - head

@@ -25,6 +25,14 @@ class EngineLog:
         """For a summary."""
         return asdict(self)
 
+    def add(self, other: EngineLog) -> None:
+        """Count in what another did."""
+        for executor, n in other.rows.items():
+            self.rows[executor] += n
+        for reason in other.reasons:
+            self.fell_back(reason)
+        self.halvings = max(self.halvings, other.halvings)
+
     def fell_back(self, reason: str | None) -> None:
         """Note why hook points are used, once; None: they are not, or were asked for."""
         if reason is not None and reason not in self.reasons:

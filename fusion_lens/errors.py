@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 
 class FusionLensError(Exception):
-    """The root of the package's exceptions."""
+    """The root of the package's exceptions. Each is the same after a way between processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args, self.__dict__)
 
 
 class InputFileError(FusionLensError, ValueError):
@@ -105,6 +109,10 @@ class ConfigError(FusionLensError, ValueError):
     """A setting outside its range or a name that is not known."""
 
 
+class ResumeError(FusionLensError, ValueError):
+    """A run that cannot be continued as what it was."""
+
+
 class OutputError(FusionLensError, OSError):
     """A file or folder that cannot be written."""
 
@@ -124,6 +132,15 @@ class MissingExtraError(FusionLensError, ImportError):
             f"{package} is needed here and is not installed; "
             f"run: pip install 'fusion-lens[{extra}]'"
         )
+
+
+def _made_again(
+    kind: type[FusionLensError], args: tuple[Any, ...], state: dict[str, Any]
+) -> FusionLensError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 def require_text(kind: type[FusionLensError], what: str, /, **values: str) -> None:

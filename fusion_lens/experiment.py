@@ -1,65 +1,44 @@
-"""The loop over questions and arms; composes the stages and their configs.
+"""The loop over questions and arms: who is still to be run, and what becomes of what was made.
 
 The protocol is the controlled one (docs/method.md): every arm of `arms`, then what each chose on
 paraphrases, neighbours and unrelated text. Questions are taken in blocks, so that memory does not
-grow with their number; all rounds of a block share one batch.
+grow with their number; all rounds of a block share one batch. The work is done by an engine
+(`workers`): this process, or a cluster. What is done is written by nobody but this loop.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-
-from fusion_lens.activations import padded_length
-from fusion_lens.arms import (
-    ARMS,
-    DEFAULT_ARMS,
-    TUNED,
-    Bench,
-    Chosen,
-    choose,
-    most_rows,
-    prefix_of_question,
-)
-from fusion_lens.details import Detail, append_details
-from fusion_lens.divergence import n_counted, unrelated_texts
+from fusion_lens.arms import TUNED
+from fusion_lens.details import Detail
+from fusion_lens.divergence import read_text
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import ActivationError, ConfigError, one_of
-from fusion_lens.judges import Judge, JudgeItem, LexicalJudge, Verdict
-from fusion_lens.lenders import Lenders
-from fusion_lens.memory import release_freed
-from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.errors import ActivationError, ConfigError
+from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.judges import Judge, LexicalJudge, Verdict
+from fusion_lens.lenders import Lenders, Ready, gathered
+from fusion_lens.models import HookedModel, ModelIdentity
 from fusion_lens.perplexity import PerplexityModel
-from fusion_lens.plan_files import save_plan
-from fusion_lens.plans import Segment
-from fusion_lens.preparation import Failure, TuningConfig, with_engine_shape
+from fusion_lens.preparation import Failure
 from fusion_lens.progress import Progress, shown
-from fusion_lens.prompts import Prompt, tokenize
 from fusion_lens.questions import Question, questions_digest
-from fusion_lens.results import (
-    SCHEMA_VERSION,
-    Provenance,
-    Result,
-    Results,
-    Summary,
-    append_results,
-    open_run_folder,
-    plan_path,
-    save_summary,
-)
+from fusion_lens.results import SCHEMA_VERSION, Provenance, Result, Results, Summary
+from fusion_lens.run_folder import Made, RunFolder
 from fusion_lens.scores import composite
-from fusion_lens.scoring import Scorer, judge_item
 from fusion_lens.search import check_storage
+from fusion_lens.stopping import Stop, stopping
 from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
-from fusion_lens.tracing import Explain, details_of
-from fusion_lens.transfer import Reach, measure
-from fusion_lens.tuning import export_tuned, make_segments
+from fusion_lens.tracing import Explain
+from fusion_lens.tuning import export_tuned
+from fusion_lens.workers import Engine, LocalEngine, Outcome, Setup, Solved, Task, Worker
 
 if TYPE_CHECKING:
     from fusion_lens.methods.dsas import FittedGate
@@ -68,64 +47,16 @@ _NOT_FINITE = (
     "the model's logits must be finite, but a step of the completion gave NaN or infinity; "
     "lower the coefficients, or run in a wider dtype."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ExperimentConfig:
-    """What to run on every question.
-
-    `segments` divides the layers of the segmented arm; `centre` subtracts the other questions' mean
-    delta from every delta; `reach` measures transfer and specificity; `unrelated` is a text file
-    for the divergence on unrelated text (None: unscored); `storage` is an Optuna storage URL that
-    gets every finished study, named `<question id>/<arm>`.
-    """
-
-    arms: tuple[str, ...] = DEFAULT_ARMS
-    segments: str | int = "thirds"
-    tuning: TuningConfig = field(default_factory=TuningConfig)
-    centre: bool = False
-    reach: bool = True
-    unrelated: Path | None = None
-    block_size: int = 64
-    storage: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise ConfigError(f"arms must be different and at least one, but got {self.arms}.")
-        for arm in self.arms:
-            one_of("arms", arm, ARMS)
-        if self.block_size < 1:
-            raise ConfigError(f"block_size must be at least 1, but got {self.block_size}.")
-        constant = [arm for arm in self.tuned_arms if TUNED[arm].lends or TUNED[arm].gated]
-        if self.tuning.mean != "question" and (constant or self.centre):
-            raise ConfigError(
-                f"{constant[0] if constant else 'centre'} needs a constant shift, mean='question', "
-                f"but got mean={self.tuning.mean!r}; leave it out."
-            )
-
-        if self.tuning.metrics == "published" and "answer_in_prompt" in self.arms:
-            raise ConfigError(
-                "the published metrics read the prompt, and that of answer_in_prompt holds the "
-                "answer; leave the arm out."
-            )
-
-    @property
-    def lends(self) -> bool:
-        """Whether questions other than those that are run have to lend their deltas."""
-        return self.centre or any(TUNED[arm].lends for arm in self.tuned_arms)
-
-    @property
-    def tuned_arms(self) -> list[str]:
-        """The arms with a search."""
-        return [arm for arm in self.arms if arm in TUNED]
+_STOPPING = "stopping when this batch is written; interrupt again to stop at once"
 
 
 def run(
-    model: HookedModel,
+    model: HookedModel | Engine,
     questions: Sequence[Question],
     config: ExperimentConfig | None = None,
     *,
     out: str | Path | None = None,
+    existing: str = "refuse",
     pool: Sequence[Question] | None = None,
     donors: Sequence[Question] | None = None,
     judge: Judge | None = None,
@@ -138,6 +69,10 @@ def run(
 ) -> Results:
     """Every question under every arm; with `out`, write the run there.
 
+    `model` may be an engine, which then has `fluency` and `explain` itself. `existing` says what
+    becomes of a run that is in `out` already: "refuse", "overwrite", or "resume", which goes on
+    where it ended, with the same results as if it never had.
+
     `pool` is every question of the file, those included that are not run: slots and cache length
     come from it, so that another selection gives the same numbers. `donors` lend their deltas to
     control arms: all questions of the split. Without them both are `questions`. `judge` labels
@@ -147,155 +82,311 @@ def run(
     tells where the questions are from and `command` what was typed, for the provenance. `progress`
     as in `tune`.
 
-    A question that cannot be steered is listed under `failures` in the summary with its reason, and
-    the run goes on. An interrupt keeps what was finished; the summary then says `interrupted`.
+    A question that fails is listed under `failures` in the summary with its reason, and the run
+    goes on. An interrupt (Ctrl-C, SIGTERM) ends the run after the block in work; the summary then
+    says `interrupted`. A second one ends it at once, without that block and without a summary.
 
     Raises:
         ConfigError: if there is no question, two share an id, the metrics are the published ones
             and there is no `fluency`, or the gated arm has no gate that fits.
         PlanError: if the model has fewer layers than segments.
         InputFileError: if the unrelated text cannot be read or is too short.
-        OutputError: if `out` cannot be written.
+        OutputError: if `out` cannot be written, or holds what must not be replaced.
+        ResumeError: if the run in `out` is another one.
+        KeyboardInterrupt: if interrupted twice.
     """
     config = config or ExperimentConfig()
     judge = judge or LexicalJudge()
+    began = time.perf_counter()
     if not questions:
         raise ConfigError("there must be at least one question to run, but got none.")
     ids = [question.id for question in questions]
     if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
-    identity = identify(model)
-    _check_gate(gate, identity, config)
-    segments = _segments(config, identity.n_layers)
-    if config.storage is not None:
-        check_storage(
-            config.storage, [f"{name}/{arm}" for name in ids for arm in config.tuned_arms]
-        )
-    pool = pool or questions
-    n_rows = most_rows(config.tuning, pool)
-    shaped = with_engine_shape(model, pool, config.tuning, n_rows=n_rows)
-    config = replace(config, tuning=shaped)
-    unrelated = [] if config.unrelated is None else unrelated_texts(model, config.unrelated)
-    log = EngineLog()
-    score = Scorer(model, config.tuning, fluency=fluency, log=log)
-    folder = None if out is None else open_run_folder(out)
-    began = time.perf_counter()
-    kept = _Kept()
-    lending = Lenders(model, config.tuning, centre=config.centre)
-    with lending as lenders, shown(progress) as show:
-        try:
-            lenders.gather(
-                questions,
-                (donors or questions) if config.lends else questions,
-                block_size=config.block_size,
-                log=log,
-                progress=show,
-            )
-            prefixed = "answer_in_prompt" in config.arms
-            room = _prefix_room(model, pool, config) if prefixed else 0
-            for start in range(0, len(questions), config.block_size):
-                bench = Bench(
-                    model,
-                    config.tuning,
-                    lenders,
-                    score,
-                    log,
-                    prefix_room=room,
-                    gate=None if gate is None else gate.gate,
-                )
-                block = [q.id for q in questions[start : start + config.block_size]]
-                told = _within(show, done=start, of=len(questions), config=config)
-                _run_block(
-                    bench, block, config, segments, unrelated, judge, explain, kept, folder, told
-                )
-                release_freed()
-                if kept.interrupted:
-                    break
-        except KeyboardInterrupt:
-            kept.interrupted = True
-        failed = [lenders.failures[name] for name in ids if name in lenders.failures]
-        lent = lenders.donors if "mismatched" in config.arms else {}
-        donated = [lent[name].shared for name in ids if name in lent]
-    seed = config.tuning.search.seed
-    summary = {
-        "schema_version": SCHEMA_VERSION,
-        "provenance": asdict(_provenance(identity, config, questions, fluency, gate, command)),
-        "questions": {"n": len(questions), **(source or {})},
-        "arms": summarise_arms(kept.records, config.arms, kept.n_prepared, seed),
-        "comparisons": [asdict(each) for each in compare_arms(kept.records, config.arms, seed)],
-        "groups": summarise_groups(kept.records, config.arms, seed),
-        "failures": [_failure(failure) for failure in (*failed, *kept.failures)],
-        "generic_share": _generic_share(kept.details),
-        "donors": {
-            "n": len(lenders.generic.of),
-            "mismatched": len(donated),
-            "sharing_a_word": sum(shared > 0 for shared in donated),
-        },
-        "judge": {"name": judge.name, "grade": judge.grade, **_costs(judge)},
-        "unrelated_tokens": sum(map(n_counted, unrelated)) if config.reach else 0,
-        "engine": log.to_dict(),
-        "interrupted": kept.interrupted,
-        "seconds": round(time.perf_counter() - began, 2),
+    engine: Engine
+    if isinstance(model, Engine):
+        engine = model
+    else:
+        engine = LocalEngine(Worker(model, fluency=fluency, explain=explain))
+    has = engine.describe()
+    _check_gate(gate, has.model, config)
+    pool, donors = pool or questions, donors or questions
+    text = None if config.unrelated is None else read_text(config.unrelated)
+    setup = Setup(
+        config,
+        gate=None if gate is None else gate.gate,
+        unrelated=None if text is None else (text, str(config.unrelated)),
+    )
+    if config.storage is not None and existing != "resume":
+        names = [f"{name}/{arm}" for name in ids for arm in config.tuned_arms]
+        check_storage(config.storage, names)
+    setup = engine.set_up(setup, pool)
+    config = setup.config
+    settings = _settings(config, text) | {
+        "perplexity_model": has.fluency,
+        "gate": None if gate is None else gate.to_dict(),
     }
-    if folder is not None:
-        save_summary(folder, summary)
-    return Results(tuple(kept.records), Summary(summary), tuple(kept.details))
+    with ExitStack() as stack:
+        kept: _Kept = _Memory()
+        if out is not None:
+            identity = {
+                "model": {**asdict(has.model), "name": None},
+                "questions": [question.id for question in questions],
+                "questions_sha256": questions_digest(questions),
+                "pool_sha256": questions_digest(pool),
+                "donors_sha256": questions_digest(donors) if config.lends else None,
+                "judge": {"name": judge.name, "grade": judge.grade},
+                "explained": has.explains,
+                "settings": _deciding(settings),
+            }
+            kept = stack.enter_context(RunFolder(out, identity, existing=existing))
+        loop = _Loop(engine, setup, kept, judge, stack.enter_context(stopping(_STOPPING)))
+        loop.run(questions, donors, stack.enter_context(shown(progress)))
+        records, seed = loop.records(ids), config.tuning.search.seed
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            "provenance": asdict(
+                Provenance.of(
+                    has.model,
+                    command=command,
+                    seed=seed,
+                    questions_sha256=questions_digest(questions),
+                    settings=settings,
+                    threads=has.threads,
+                )
+            ),
+            "questions": {"n": len(questions), **(source or {})},
+            "arms": summarise_arms(records, config.arms, len(loop.prepared), seed),
+            "comparisons": [asdict(each) for each in compare_arms(records, config.arms, seed)],
+            "groups": summarise_groups(records, config.arms, seed),
+            "failures": [asdict(each) for each in loop.failures(ids, records)],
+            "generic_share": _generic_share(kept.details()),
+            "donors": loop.lent,
+            "judge": {"name": judge.name, "grade": judge.grade, **_costs(judge)},
+            "unrelated_tokens": setup.unrelated_tokens,
+            "engine": loop.log.to_dict(),
+            "interrupted": loop.interrupted,
+            "resumed": loop.found,
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        order = {pair: n for n, pair in enumerate((q, arm) for q in ids for arm in config.arms)}
+        kept.finish(summary, order)
+        return Results(tuple(loop.records(ids)), Summary(summary), kept.details())
 
 
-@dataclass(slots=True)
-class _Kept:
-    """What is kept of the blocks; their studies and deltas go with them. `n_prepared` counts the
-    questions whose arms have run."""
+@runtime_checkable
+class _Kept(Protocol):
+    """Where what was made goes."""
 
-    n_prepared: int = 0
-    records: list[Result] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    details: list[Detail] = field(default_factory=list)
-    interrupted: bool = False
+    done: set[tuple[str, str]]
+    detailed: set[str]
+    lent: dict[str, int]
+
+    def add(self, made: Made) -> None: ...
+
+    def keep_lent(self, lent: Mapping[str, int]) -> None: ...
+
+    def records(self) -> list[Result]: ...
+
+    def details(self) -> tuple[Detail, ...]: ...
+
+    def failures(self) -> list[Failure]: ...
+
+    def finish(self, summary: Mapping[str, Any], order: Mapping[tuple[str, str], int]) -> None: ...
 
 
-def _run_block(
-    bench: Bench,
-    names: Sequence[str],
-    config: ExperimentConfig,
-    segments: Mapping[str, tuple[Segment, ...]],
-    unrelated: Sequence[Prompt],
-    judge: Judge,
-    explain: Explain | None,
-    kept: _Kept,
-    folder: Path | None,
-    progress: Progress | None,
-) -> None:
-    prepared = [bench.lenders.prepared[name] for name in names if name in bench.lenders.prepared]
-    chosen, kept.interrupted = choose(bench, prepared, config.arms, segments, progress=progress)
-    nothing = Reach(None, 0, None, 0, None)
-    reached = [nothing] * len(chosen)
-    if config.reach and not kept.interrupted:
-        try:
-            reached = measure(bench, chosen, unrelated)
-        except KeyboardInterrupt:  # what was searched is kept
-            kept.interrupted = True
-    verdicts = judge.judge([_judged(bench, each) for each in chosen])
-    records = [
-        _result(bench, *each, graded=judge.grade)
-        for each in zip(chosen, reached, verdicts, strict=True)
-    ]
-    kept.n_prepared += len(prepared)
-    kept.records += records
-    kept.failures += [
-        Failure(record.question_id, ActivationError(_NOT_FINITE), record.arm)
-        for record in records
-        if not record.finite
-    ]
-    _write_block(chosen, records, folder, config.storage)
-    try:
-        details = details_of(bench, prepared, chosen, explain)
-    except KeyboardInterrupt:  # what was scored is kept
-        kept.interrupted = True
-        return
-    if folder is not None:
-        append_details(folder, details)
-    kept.details += details
+class _Memory:
+    """Of a run without a folder."""
+
+    def __init__(self) -> None:
+        self.done: set[tuple[str, str]] = set()
+        self.detailed: set[str] = set()
+        self.lent: dict[str, int] = {}
+        self._records: list[Result] = []
+        self._details: list[Detail] = []
+        self._failures: list[Failure] = []
+
+    def add(self, made: Made) -> None:
+        self._records += made.records
+        self._details += made.details
+        self._failures += made.failures
+
+    def keep_lent(self, lent: Mapping[str, int]) -> None:
+        self.lent = dict(lent)
+
+    def records(self) -> list[Result]:
+        return self._records
+
+    def details(self) -> tuple[Detail, ...]:
+        return tuple(self._details)
+
+    def failures(self) -> list[Failure]:
+        return self._failures
+
+    def finish(self, summary: Mapping[str, Any], order: Mapping[tuple[str, str], int]) -> None:
+        self._records.sort(key=lambda own: order[own.question_id, own.arm])
+        names = list(dict.fromkeys(name for name, _ in order))
+        self._details.sort(key=lambda own: names.index(own.question_id))
+
+
+class _Loop:
+    """One run: what is still to be done, block by block, and what it came to. `prepared` are the
+    questions whose arms have run, `found` the results that were there before."""
+
+    def __init__(self, engine: Engine, setup: Setup, kept: _Kept, judge: Judge, stop: Stop) -> None:
+        self._engine = engine
+        self._setup = setup
+        self._config = setup.config
+        self._kept = kept
+        self._judge = judge
+        self._stop = stop
+        self._unprepared: dict[str, Failure] = {}
+        self.log = EngineLog()
+        self.lent = kept.lent or {"n": 0, "mismatched": 0, "sharing_a_word": 0}
+        self.found = len(kept.done)
+        self.prepared = {name for name, _ in kept.done}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stop.asked
+
+    def run(
+        self, questions: Sequence[Question], donors: Sequence[Question], show: Progress | None
+    ) -> None:
+        """Everything that is not there yet."""
+        config = self._config
+        wanted: dict[str, tuple[str, ...]] = {}
+        for question in questions:
+            missing = [arm for arm in config.arms if (question.id, arm) not in self._kept.done]
+            if missing:
+                wanted[question.id] = tuple(missing)
+        if not wanted:
+            return
+        asked = [question for question in questions if question.id in wanted]
+        lending = {question.id for question in (donors if config.lends else questions)}
+        others: Sequence[Question] = donors if config.lends else ()
+        if not config.lends and not wanted.keys() <= self._kept.detailed:
+            # a question's details hold it against all others, those that are done among them
+            others = questions
+        everyone = {q.id: q for q in (*others, *asked)}
+        ordered = [everyone[name] for name in sorted(everyone)]
+        size = self._engine.block_size(config.block_size, len(ordered))
+        blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        seed = config.tuning.search.seed
+        lent = gathered(self._ready(blocks, show), lending, seed=seed, centre=config.centre)
+        with lent as lenders:
+            self._unprepared = {name: lenders.failures[name] for name in lenders.failures}
+            # of a run that goes on, only a part may have been prepared
+            if not self._kept.lent:
+                self.lent = _lent(lenders, [question.id for question in questions], config)
+            if self._stop.asked:
+                return
+            self._kept.keep_lent(self.lent)
+            self._solve(wanted, lenders, len(questions), show)
+
+    def records(self, ids: Sequence[str]) -> list[Result]:
+        """All results, in the order of questions and arms."""
+        order = {
+            pair: n for n, pair in enumerate((q, arm) for q in ids for arm in self._config.arms)
+        }
+        return sorted(self._kept.records(), key=lambda own: order[own.question_id, own.arm])
+
+    def failures(self, ids: Sequence[str], records: Sequence[Result]) -> list[Failure]:
+        """What could not be prepared, run, or scored: in that order."""
+        place = {name: n for n, name in enumerate(ids)}
+        unprepared = [own for name, own in self._unprepared.items() if name in place]
+        not_finite = [
+            Failure.of(own.question_id, ActivationError(_NOT_FINITE), own.arm)
+            for own in records
+            if not own.finite
+        ]
+        return [
+            own
+            for part in (unprepared, self._kept.failures(), not_finite)
+            for own in sorted(part, key=lambda own: place[own.question_id])
+        ]
+
+    def _ready(
+        self, blocks: Sequence[Sequence[Question]], show: Progress | None
+    ) -> Iterator[Ready]:
+        done, total = 0, sum(map(len, blocks))
+        if show is not None:
+            show("preparing", 0, total)
+        for block, ready in zip(blocks, self._engine.prepare(blocks), strict=False):
+            self.log.add(ready.log)
+            done += len(block)
+            if show is not None:
+                show("preparing", done, total)
+            yield ready
+            if self._stop.asked:
+                return
+
+    def _solve(
+        self,
+        wanted: Mapping[str, tuple[str, ...]],
+        lenders: Lenders,
+        n_questions: int,
+        show: Progress | None,
+    ) -> None:
+        able = [name for name in wanted if name in lenders.prepared]
+        per_question = self._config.tuning.search.trials * len(self._config.tuned_arms)
+        done = n_questions - len(wanted)
+        in_work = 0
+        told = -1
+
+        def tell(trials: int) -> None:
+            nonlocal in_work, told
+            in_work = trials
+            if show is not None and done * per_question + trials != told:
+                told = done * per_question + trials
+                show("trials", told, n_questions * per_question)
+
+        def tasks() -> Iterator[Task]:
+            size = self._engine.block_size(self._config.block_size, len(able))
+            for start in range(0, len(able), size):
+                names = able[start : start + size]
+                yield Task(
+                    tuple((name, arm) for name in names for arm in wanted[name]),
+                    tuple(name for name in names if name not in self._kept.detailed),
+                    lenders.only(names),
+                )
+
+        done += len(wanted) - len(able)
+        solving = self._engine.solve(tasks(), stopping=self._stop, progress=tell)
+        for solved in solving:
+            self._keep(solved, lenders)
+            n_done = len({name for name, _ in solved.pairs})
+            done += n_done
+            tell(max(0, in_work - n_done * per_question))
+
+    def _keep(self, solved: Solved, lenders: Lenders) -> None:
+        self.log.add(solved.log)
+        verdicts = self._judge.judge([each.item for each in solved.outcomes])
+        graded = self._judge.grade
+        records = [
+            _result(each, verdict, lenders, self._config, graded=graded)
+            for each, verdict in zip(solved.outcomes, verdicts, strict=True)
+        ]
+        tuned = {(o.chosen.question_id, o.chosen.arm): o.chosen.tuned for o in solved.outcomes}
+        found = {pair: own for pair, own in tuned.items() if own is not None}
+        if self._config.storage is not None:
+            for (name, arm), own in found.items():
+                export_tuned(own, self._config.storage, f"{name}/{arm}", replace=self.found > 0)
+        plans = {pair: own.plan for pair, own in found.items()}
+        self._kept.add(Made(plans, solved.details, solved.failures, records))
+        self.prepared |= {name for name, _ in solved.pairs}
+
+
+def _lent(lenders: Lenders, names: Sequence[str], config: ExperimentConfig) -> dict[str, int]:
+    """How many lend, and how many of these questions have a donor."""
+    mismatched = "mismatched" in config.arms
+    lent = [lenders.donors[name] for name in names if mismatched and name in lenders.donors]
+    return {
+        "n": len(lenders.generic.of),
+        "mismatched": len(lent),
+        "sharing_a_word": sum(donor.shared > 0 for donor in lent),
+    }
 
 
 def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:
@@ -305,59 +396,24 @@ def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:
     return {"median": median(means) if means else None, "n": len(means)}
 
 
-def _write_block(
-    chosen: Sequence[Chosen],
-    records: Sequence[Result],
-    folder: Path | None,
-    storage: str | None,
-) -> None:
-    if folder is not None:
-        append_results(folder, records)
-    for each in chosen:
-        if each.tuned is None:
-            continue
-        question_id = each.prepared.question.id
-        if folder is not None:
-            save_plan(each.tuned.plan, plan_path(folder, question_id, each.arm))
-        if storage is not None:
-            export_tuned(each.tuned, storage, f"{question_id}/{each.arm}")
-
-
-def _segments(config: ExperimentConfig, n_layers: int) -> dict[str, tuple[Segment, ...]]:
-    segmented = make_segments(config.segments, n_layers)
-    return {
-        "full": make_segments("full", n_layers),
-        "segmented": segmented,
-        "last": segmented[-1:],
-    }
-
-
-def _prefix_room(model: HookedModel, pool: Sequence[Question], config: ExperimentConfig) -> int:
-    """Tokens that the longest answer and explanation before a question can take."""
-    lengths = []
-    for question in pool:
-        told = tokenize(model, prefix_of_question(question), prepend_bos=False)
-        own = config.tuning.explanation_tokens if question.explanation is None else 0
-        lengths.append(len(told.tokens) + own)
-    return padded_length(max(lengths))
-
-
-def _judged(bench: Bench, chosen: Chosen) -> JudgeItem:
-    item = chosen.prepared
-    written = chosen.graded.completion
-    return judge_item(bench.model, item.question, item.prompt, written, bench.config)
-
-
-def _composite(bench: Bench, overlap: float | None, grade: float | None) -> float | None:
+def _composite(
+    config: ExperimentConfig, overlap: float | None, grade: float | None
+) -> float | None:
     """As published, what is missing counts 0; else the composite is unscored."""
-    if bench.config.metrics == "published":
+    if config.tuning.metrics == "published":
         return composite(overlap or 0.0, grade)
     return None if overlap is None or grade is None else composite(overlap, grade)
 
 
 def _result(
-    bench: Bench, chosen: Chosen, reach: Reach, verdict: Verdict, *, graded: bool
+    outcome: Outcome,
+    verdict: Verdict,
+    lenders: Lenders,
+    config: ExperimentConfig,
+    *,
+    graded: bool,
 ) -> Result:
+    chosen = outcome.chosen
     question, scores = chosen.prepared.question, chosen.graded
     search = None if chosen.tuned is None else chosen.tuned.tuned
     mismatched = chosen.arm in TUNED and TUNED[chosen.arm].vectors == "mismatched"
@@ -387,16 +443,16 @@ def _result(
         perplexity=scores.perplexity,
         distinct_2=scores.distinct_2,
         repetition=scores.repetition,
-        **asdict(reach),
+        **asdict(outcome.reach),
         label=verdict.label,
         grade=verdict.grade,
-        composite=_composite(bench, scores.overlap, verdict.grade) if graded else None,
+        composite=_composite(config, scores.overlap, verdict.grade) if graded else None,
         judged=verdict.explanation,
         n_trials=chosen.n_samples if search is None else len(search.trials),
         best_trial=1 if search is None else search.best.number,
         zero_won=None if search is None else search.zero_won,
         tied=None if search is None else search.tied,
-        donor=bench.lenders.donors[question.id].id if mismatched else None,
+        donor=lenders.donors[question.id].id if mismatched else None,
         n_not_finite=(
             int(not scores.completion.finite)
             if search is None
@@ -409,28 +465,6 @@ def _result(
 def _costs(judge: Judge) -> dict[str, Any]:
     counts = getattr(judge, "counts", None)
     return {} if counts is None else counts.to_dict()
-
-
-def _provenance(
-    identity: ModelIdentity,
-    config: ExperimentConfig,
-    questions: Sequence[Question],
-    fluency: PerplexityModel | None,
-    gate: FittedGate | None,
-    command: str | None,
-) -> Provenance:
-    return Provenance.of(
-        identity,
-        command=command,
-        seed=config.tuning.search.seed,
-        questions_sha256=questions_digest(questions),
-        settings=_settings(config)
-        | {
-            "perplexity_model": None if fluency is None else fluency.name,
-            "gate": None if gate is None else gate.to_dict(),
-        },
-        threads=torch.get_num_threads(),
-    )
 
 
 def _check_gate(gate: FittedGate | None, model: ModelIdentity, config: ExperimentConfig) -> None:
@@ -449,31 +483,19 @@ def _check_gate(gate: FittedGate | None, model: ModelIdentity, config: Experimen
         raise ConfigError(f"the gated arm needs a gate at resid_post, but got {gate.site}.")
 
 
-def _failure(failure: Failure) -> dict[str, str | None]:
-    return {
-        "question_id": failure.question_id,
-        "arm": failure.arm,
-        "error": type(failure.cause).__name__,
-        "message": str(failure.cause),
-    }
-
-
-def _settings(config: ExperimentConfig) -> dict[str, Any]:
+def _settings(config: ExperimentConfig, unrelated: str | None) -> dict[str, Any]:
     settings = asdict(config)
     sampler = config.tuning.search.sampler
     settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
     # a storage URL may hold a password
     settings["storage"] = config.storage is not None
     settings["unrelated"] = None if config.unrelated is None else config.unrelated.name
+    settings["unrelated_sha256"] = (
+        None if unrelated is None else hashlib.sha256(unrelated.encode()).hexdigest()
+    )
     return settings
 
 
-def _within(
-    progress: Progress | None, *, done: int, of: int, config: ExperimentConfig
-) -> Progress | None:
-    """A block's progress as progress of the whole run."""
-    if progress is None:
-        return None
-    per_question = config.tuning.search.trials * len(config.tuned_arms)
-    outer = progress
-    return lambda stage, n, _: outer(stage, done * per_question + n, of * per_question)
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that results depend on."""
+    return {name: own for name, own in settings.items() if name not in ("block_size", "storage")}

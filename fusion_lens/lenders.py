@@ -7,10 +7,11 @@ reference and mean. Their means lie in a temporary file, so that memory does not
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,81 +29,64 @@ from fusion_lens.controls import (
 from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.models import HookedModel
-from fusion_lens.preparation import Failure, Prepared, TuningConfig, prepare, seed_of
-from fusion_lens.progress import Progress
+from fusion_lens.preparation import Failure, Prepared, seed_of
 from fusion_lens.prompts import tokenize
-from fusion_lens.questions import Question
 from fusion_lens.units import LEAST, Momenta, consistent
+
+
+class Ready(NamedTuple):
+    """What was prepared of a block of questions, what failed, and what the engine did for it."""
+
+    prepared: Sequence[Prepared]
+    failed: Sequence[Failure]
+    log: EngineLog
 
 
 @dataclass(slots=True)
 class Lenders:
-    """Prepared questions by id, those that failed, and what they lend. Use as a context manager:
-    the file goes when it ends."""
+    """Prepared questions by id, those that failed, and what they lend.
 
-    model: HookedModel
-    config: TuningConfig
+    `seed` is that of the search; `centre` takes the generic delta from every delta.
+    """
+
+    seed: int
+    centre: bool = False
     prepared: dict[str, Prepared] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     generic: GenericDelta = field(default_factory=GenericDelta)
-    centre: bool = False
-    _momenta: Momenta | None = None
-    _able: list[Question] = field(default_factory=list)
-    _donors: dict[str, Donor] | None = None
-    _folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="fusion_lens-")
-    )
+    momenta: Momenta | None = None
+    donors: dict[str, Donor] = field(default_factory=dict)
 
-    def __enter__(self) -> Lenders:
-        return self
+    def add(self, ready: Ready, lending: Collection[str]) -> None:
+        """Take in a block; those of `lending` lend. Sums depend on the order of blocks."""
+        self.failures |= {failure.question_id: failure for failure in ready.failed}
+        for item in ready.prepared:
+            name = item.question.id
+            self.prepared[name] = item
+            if name in lending:
+                self.generic.add(name, item.deltas)
+                own = consistent([item.deltas])
+                self.momenta = own if self.momenta is None else self.momenta + own
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.prepared.clear()
-        self._folder.cleanup()
+    def find_donors(self) -> None:
+        """Settle who is whose donor among those that lend: see `controls.mismatched_donors`."""
+        able = [self.prepared[name].question for name in sorted(self.generic.of)]
+        self.donors = mismatched_donors(able, self.seed)
 
-    def gather(
-        self,
-        questions: Sequence[Question],
-        donors: Sequence[Question],
-        *,
-        block_size: int,
-        log: EngineLog,
-        progress: Progress | None = None,
-    ) -> None:
-        """Prepare the questions and their donors, a block at a time."""
-        lending = {question.id for question in donors}
-        everyone = {question.id: question for question in (*donors, *questions)}
-        ordered = [everyone[name] for name in sorted(everyone)]
-        if progress is not None and ordered:
-            progress("preparing", 0, len(ordered))
-        for start in range(0, len(ordered), block_size):
-            block = ordered[start : start + block_size]
-            ready, failed = prepare(self.model, block, self.config, log=log)
-            self.failures |= {failure.question_id: failure for failure in failed}
-            for item, deltas in zip(ready, self._filed(start, ready), strict=True):
-                name = item.question.id
-                self.prepared[name] = replace(item, deltas=deltas)
-                if name in lending:
-                    self.generic.add(name, deltas)
-                    own = consistent([deltas])
-                    self._momenta = own if self._momenta is None else self._momenta + own
-            if progress is not None:
-                progress("preparing", min(start + block_size, len(ordered)), len(ordered))
-        self._able = [q for q in ordered if q.id in lending and q.id in self.prepared]
+    def only(self, names: Iterable[str]) -> Lenders:
+        """The same for some questions alone, with what is lent to them and no more, in tensors of
+        their own: those of a file would go with all of it to another process."""
+        own = [name for name in names if name in self.prepared]
+        donors = {name: self.donors[name] for name in own if name in self.donors}
+        kept = {*own, *(donor.id for donor in donors.values())}
+        return replace(
+            self,
+            prepared={name: _apart(self.prepared[name]) for name in kept},
+            failures={},
+            donors=donors,
+        )
 
-    @property
-    def donors(self) -> dict[str, Donor]:
-        """See `controls.mismatched_donors`; found when first asked for."""
-        if self._donors is None:
-            self._donors = mismatched_donors(self._able, self.config.search.seed)
-        return self._donors
-
-    def lend(self, kind: str, to: Prepared) -> Deltas | None:
+    def lend(self, kind: str, to: Prepared, model: HookedModel) -> Deltas | None:
         """The vectors of one kind for a question; None where nobody can lend them.
 
         "own" is the question's delta, without the generic one if the run is centred; the other
@@ -121,17 +105,17 @@ class Lenders:
         if own is None:
             return None
         if kind == "random":
-            return turned(own, seed_of(self.config.search.seed, to.question.id, "random"))
+            return turned(own, seed_of(self.seed, to.question.id, "random"))
         assert kind == "unembed", kind
-        gold = tokenize(self.model, f" {to.question.answer}", prepend_bos=False)
-        return towards_unembedding(self.model, own, gold.tokens)
+        gold = tokenize(model, f" {to.question.answer}", prepend_bos=False)
+        return towards_unembedding(model, own, gold.tokens)
 
     def ranking(self, to: Prepared) -> Int[Tensor, "unit 2"] | None:
         """Units by how much alike the other questions' deltas move them (`units`), their own means
         included where the run is centred; None where there are fewer than two."""
-        momenta, name = self._momenta, to.question.id
+        momenta, name = self.momenta, to.question.id
         if momenta is not None and name in self.generic.of:
-            momenta = momenta - consistent([self.prepared[name].deltas])
+            momenta = momenta - consistent([to.deltas])
         return None if momenta is None or momenta.n < LEAST else momenta.ranking
 
     def share(self, of: Prepared) -> Float[Tensor, " layer"] | None:
@@ -147,19 +131,42 @@ class Lenders:
             return None
         return with_vectors(item.deltas, item.deltas.vectors - generic)
 
-    def _filed(self, name: int, ready: Sequence[Prepared]) -> list[Deltas]:
-        """The same deltas, in a file that is mapped into memory."""
-        if not ready:
-            return []
-        means = torch.stack([torch.stack((p.deltas.reference, p.deltas.base)) for p in ready])
-        path = Path(self._folder.name) / str(name)
-        path.touch()
-        kept = torch.from_file(str(path), shared=True, size=means.numel(), dtype=means.dtype)
-        kept = kept.view(means.shape).copy_(means)
-        return [
-            replace(item.deltas, reference=mean[0], base=mean[1])
-            for item, mean in zip(ready, kept, strict=True)
-        ]
+
+@contextmanager
+def gathered(
+    blocks: Iterable[Ready], lending: Collection[str], *, seed: int, centre: bool = False
+) -> Iterator[Lenders]:
+    """Lenders of blocks of prepared questions, with their means in a file that is mapped into
+    memory; it goes with the context. Questions must come in id order: sums do not depend on how
+    they are cut into blocks."""
+    lenders = Lenders(seed, centre)
+    with tempfile.TemporaryDirectory(prefix="fusion_lens-") as folder:
+        for n, ready in enumerate(blocks):
+            filed = _filed(Path(folder) / str(n), ready.prepared)
+            lenders.add(ready._replace(prepared=filed), lending)
+        lenders.find_donors()
+        try:
+            yield lenders
+        finally:
+            lenders.prepared.clear()
+
+
+def _filed(path: Path, prepared: Sequence[Prepared]) -> list[Prepared]:
+    if not prepared:
+        return []
+    means = torch.stack([torch.stack((p.deltas.reference, p.deltas.base)) for p in prepared])
+    path.touch()
+    kept = torch.from_file(str(path), shared=True, size=means.numel(), dtype=means.dtype)
+    kept = kept.view(means.shape).copy_(means)
+    return [
+        replace(item, deltas=replace(item.deltas, reference=mean[0], base=mean[1]))
+        for item, mean in zip(prepared, kept, strict=True)
+    ]
+
+
+def _apart(item: Prepared) -> Prepared:
+    means = item.deltas.reference.clone(), item.deltas.base.clone()
+    return replace(item, deltas=replace(item.deltas, reference=means[0], base=means[1]))
 
 
 def _named(*items: Prepared) -> dict[str, Deltas]:

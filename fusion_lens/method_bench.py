@@ -20,6 +20,7 @@ from typing import Any
 from fusion_lens.behaviours import UNSTEERED, Behaviour, Observed
 from fusion_lens.contrasts import Example, require_parts
 from fusion_lens.divergence import kl_unrelated
+from fusion_lens.durable import replace_text
 from fusion_lens.errors import ConfigError, one_of
 from fusion_lens.fronts import Matched, Sweep, matched
 from fusion_lens.method_suite import GATES, METHODS, PER_PROMPT, Line, Suite, line_name
@@ -27,7 +28,6 @@ from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan
 from fusion_lens.progress import Progress, shown
 from fusion_lens.prompts import Prompt
-from fusion_lens.results import write_text
 from fusion_lens.statistics import cluster_bootstrap
 from fusion_lens.steps import AFTER_PROMPT
 from fusion_lens.tables import Section, Shows
@@ -145,7 +145,7 @@ class MethodBench(Shows):
         Raises:
             OutputError: if the file cannot be written.
         """
-        write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+        replace_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
     def table(self) -> Section:
         """Every method at the strength that was chosen for it."""

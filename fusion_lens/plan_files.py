@@ -2,8 +2,8 @@
 else as JSON metadata. Version 1, which knew one kind of step, is read too.
 
 safetensors has no checksum (flipped bits load silently), so the metadata carries a SHA-256 over the
-tensors, and a second one over the JSON itself. A file is written beside its place and moved there,
-never half.
+tensors, and a second one over the JSON itself. A file is on the disk whole or not at all, and equal
+plans are equal files, byte for byte.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fusion_lens.deltas import Deltas
-from fusion_lens.errors import FusionLensError, OutputError, PlanError, one_of
+from fusion_lens.durable import replace_file
+from fusion_lens.errors import FusionLensError, PlanError, one_of
 from fusion_lens.models import ModelIdentity
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step
 from fusion_lens.prompts import Layout
-from fusion_lens.tensor_files import tensors_digest
+from fusion_lens.tensor_files import tensor_bytes, tensors_digest
 
 SCHEMA_VERSION = 2
 
@@ -64,13 +64,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         sort_keys=True,
     )
     metadata = {"plan": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(save(tensors, metadata=metadata))
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+    replace_file(Path(path), tensor_bytes(tensors, metadata))
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -81,11 +81,18 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A question that cannot be steered, or under one arm only, and why."""
+    """A question that cannot be steered, or under one arm only, and why: the name of the error, and
+    what it says."""
 
     question_id: str
-    cause: SpanError | ContextLengthError | ActivationError
-    arm: str | None = None
+    arm: str | None
+    error: str
+    message: str
+
+    @staticmethod
+    def of(question_id: str, cause: Exception, arm: str | None = None) -> Failure:
+        """That an exception made."""
+        return Failure(question_id, arm, type(cause).__name__, str(cause))
 
 
 def with_engine_shape(
@@ -142,11 +149,16 @@ def prepare(
     Raises:
         ConfigError: if two questions share an id.
     """
-    config = config or TuningConfig()
-    log = log or EngineLog()
+    prepared, causes = _prepared(model, questions, config or TuningConfig(), log or EngineLog())
+    return prepared, [Failure.of(name, cause) for name, cause in causes.items()]
+
+
+def _prepared(
+    model: HookedModel, questions: Sequence[Question], config: TuningConfig, log: EngineLog
+) -> tuple[list[Prepared], dict[str, Exception]]:
     if len({question.id for question in questions}) != len(questions):
         raise ConfigError("question ids must be unique, but two questions share one.")
-    failures: list[Failure] = []
+    causes: dict[str, Exception] = {}
 
     def kept(stage: Callable[[Question], Prompt], ready: Iterable[Question]) -> dict[str, Prompt]:
         prompts = {}
@@ -154,7 +166,7 @@ def prepare(
             try:
                 prompts[question.id] = stage(question)
             except (SpanError, ContextLengthError) as error:
-                failures.append(Failure(question.id, error))
+                causes[question.id] = error
         return prompts
 
     def steered(question: Question) -> Prompt:
@@ -185,13 +197,13 @@ def prepare(
         strict=True,
     ):
         if isinstance(vectors, ActivationError):
-            failures.append(Failure(question.id, vectors))
+            causes[question.id] = vectors
             continue
         name = question.id
         prepared.append(
             Prepared(question, prompts[name], references[name], explanations[name], vectors)
         )
-    return prepared, failures
+    return prepared, causes
 
 
 def prepare_one(
@@ -203,9 +215,9 @@ def prepare_one(
         SpanError: if the answer is not found in the reference's tokens.
         ContextLengthError: if a text exceeds the context.
     """
-    prepared, failures = prepare(model, [question], config)
-    if failures:
-        raise failures[0].cause
+    prepared, causes = _prepared(model, [question], config or TuningConfig(), EngineLog())
+    for cause in causes.values():
+        raise cause
     return prepared[0]
 
 

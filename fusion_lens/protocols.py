@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from fusion_lens.decoding import GenerationConfig
 from fusion_lens.errors import one_of
-from fusion_lens.experiment import ExperimentConfig
+from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import Template
 from fusion_lens.search import SearchConfig, default_tpe

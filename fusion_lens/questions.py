@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fusion_lens.durable import replace_text
 from fusion_lens.errors import ConfigError, InputFileError, QuestionError, one_of, require_text
 from fusion_lens.json_lines import NOT_JSON
 from fusion_lens.question_layouts import layout_of
-from fusion_lens.record_files import jsonl_line, load_records, require_utf8, write_text
+from fusion_lens.record_files import jsonl_line, load_records, require_utf8
 from fusion_lens.tables import Section, Shows
 
 _TEXT_FIELDS = ("id", "subject", "topic", "answer_type", "split", "explanation")
@@ -99,7 +100,7 @@ def save_questions(questions: Iterable[Question], path: str | Path) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
-    write_text(path, "".join(map(_line, questions)))
+    replace_text(path, "".join(map(_line, questions)))
 
 
 def questions_digest(questions: Iterable[Question]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from fusion_lens.errors import FusionLensError, InputFileError, OutputError
+from fusion_lens.errors import FusionLensError, InputFileError
 from fusion_lens.json_lines import NOT_JSON
 
 Layout = Callable[[Mapping[str, str], int], dict[str, Any]]
@@ -105,19 +105,6 @@ def jsonl_line(record: Mapping[str, Any]) -> str:
     """One record as a line; fields that are None or () are left out."""
     kept = {key: value for key, value in record.items() if value not in (None, ())}
     return json.dumps(kept, ensure_ascii=False) + "\n"
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 with the line ends as they are.
-
-    Raises:
-        OutputError: if the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

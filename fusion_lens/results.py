@@ -1,8 +1,5 @@
-"""Records of a run on disk: `results.jsonl`, `details.jsonl`, `summary.json`,
-`plans/*.safetensors`; versioned.
-
-`results.jsonl` has a line per question and arm, `details.jsonl` one per question. `summary.json` is
-written last and whole: a folder without it holds a run that did not end.
+"""Records of a run that ended, on disk: `results.jsonl`, `details.jsonl`, `summary.json`,
+`plans/*.safetensors`; versioned. How they come to be there: `run_folder`.
 """
 
 from __future__ import annotations
@@ -11,15 +8,15 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusion_lens.details import DETAILS, Detail, load_details
-from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
-from fusion_lens.json_lines import NOT_JSON, append_lines, read_lines
+from fusion_lens.details import Detail, load_details
+from fusion_lens.durable import replace_text
+from fusion_lens.errors import InputFileError, MissingExtraError
+from fusion_lens.json_lines import NOT_JSON, read_lines
 from fusion_lens.models import ModelIdentity
 from fusion_lens.report import sections
 from fusion_lens.scores import ACCURATE
@@ -28,7 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
+RESULTS = "results.jsonl"
+SUMMARY = "summary.json"
 _PACKAGES = ("fusion-lens", "torch", "transformer-lens", "transformers", "optuna")
 
 
@@ -211,54 +210,6 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def open_run_folder(folder: str | Path) -> Path:
-    """Make the folder (and `plans/`), prove it can be written, and take away an earlier run's
-    files.
-
-    Raises:
-        OutputError: if it cannot be made or written, or holds files but no run.
-    """
-    folder = Path(folder)
-    records = [folder / "summary.json", folder / "results.jsonl"]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not _holds_run(*records):
-            raise OutputError(folder, "it has files that are not a run's")
-        (folder / "plans").mkdir(exist_ok=True)
-        figures = [*(folder / "figures").glob("*.html"), *(folder / "figures").glob("*.png")]
-        for stale in (
-            *records,
-            folder / DETAILS,
-            folder / "report.md",
-            folder / "report.html",
-            *(folder / "plans").glob("*.safetensors"),
-            *figures,
-        ):
-            stale.unlink(missing_ok=True)
-        (folder / "results.jsonl").touch()
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(folder, error.strerror or str(error)) from error
-    return folder
-
-
-def _holds_run(summary: Path, results: Path) -> bool:
-    if results.exists():
-        content = results.read_bytes()
-        return not content or b'"question_id"' in content.split(b"\n", 1)[0]
-    return summary.exists() and b'"schema_version"' in summary.read_bytes()
-
-
-def append_results(folder: Path, records: Iterable[Result]) -> None:
-    """Add lines to `results.jsonl`.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    append_lines(folder / "results.jsonl", records)
-
-
 def save_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write `summary.json`, whole or not at all.
 
@@ -266,21 +217,7 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
         OutputError: if it cannot be written.
     """
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / "summary.json", text + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise OutputError(path, error.strerror or str(error)) from error
+    replace_text(folder / SUMMARY, text + "\n")
 
 
 def plan_path(folder: Path, question_id: str, arm: str) -> Path:
@@ -297,7 +234,7 @@ def load_results(folder: str | Path) -> Results:
     Raises:
         InputFileError: if a file is missing, malformed or of another schema; names the line.
     """
-    path = Path(folder) / "summary.json"
+    path = Path(folder) / SUMMARY
     text = _text(path)
     try:
         summary = json.loads(text)
@@ -306,9 +243,21 @@ def load_results(folder: str | Path) -> Results:
     if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
         raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
     folder = Path(folder)
-    path = folder / "results.jsonl"
-    records = read_lines(path, _text(path), lambda own: Result(**own), noun="a result")
-    return Results(records, Summary(summary), load_details(folder))
+    return Results(load_records(folder / RESULTS), Summary(summary), load_details(folder))
+
+
+def load_records(path: Path) -> tuple[Result, ...]:
+    """The lines of a `results.jsonl`.
+
+    Raises:
+        InputFileError: if it is missing or malformed; names the line.
+    """
+    return read_lines(path, read_result, noun="a result")
+
+
+def read_result(content: Any) -> Result:
+    """That of a line; refuses what is malformed with TypeError."""
+    return Result(**content)
 
 
 def _text(path: Path) -> str:
@@ -316,7 +265,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputFileError(
-            path.parent, f"must hold summary.json and results.jsonl of a run: {error.strerror}"
+            path.parent, f"must hold the summary.json of a run that ended: {error.strerror}"
         ) from error
     except UnicodeDecodeError as error:
         raise InputFileError(path, f"must be UTF-8 text: {error.reason}") from error

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusion_lens.dictionaries import Card, Encoded, checked_input
-from fusion_lens.errors import DictionaryError, InputFileError, OutputError
+from fusion_lens.durable import replace_text
+from fusion_lens.errors import DictionaryError, InputFileError
 from fusion_lens.models import ModelIdentity
 from fusion_lens.sae_configs import OWN_ARCHITECTURES, is_current, metadata_of, read_card
 from fusion_lens.tensor_files import (
@@ -235,12 +236,7 @@ def seal_sae(folder: str | Path, model: ModelIdentity) -> None:
         "model_embedding": model.embedding,
     }
     config["metadata"][_SEAL] = _digest(config, tensors)
-    part = folder / f"{CONFIG}.part"
-    try:
-        part.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        part.replace(folder / CONFIG)
-    except OSError as error:
-        raise OutputError(folder / CONFIG, error.strerror or str(error)) from error
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

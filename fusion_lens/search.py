@@ -366,9 +366,11 @@ def export_study(
     storage: str,
     name: str,
     attributes: Callable[[Any], Mapping[str, Any]],
+    *,
+    replace: bool = False,
 ) -> None:
     """Hand a finished study to an Optuna storage URL at once, `attributes(outcome)` with every
-    trial.
+    trial; with `replace` in the place of one of that name.
 
     Raises:
         SearchError: if the storage cannot be opened or holds a study of that name.
@@ -389,6 +391,8 @@ def export_study(
     ]
     try:
         with _quiet():
+            if replace and name in optuna.get_all_study_names(storage):
+                optuna.delete_study(study_name=name, storage=storage)
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=tuned.study.directions
             )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from fusion_lens.errors import InputFileError
@@ -91,6 +92,18 @@ def require_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
             raise InputFileError(path, f"{name} must be floating, but got {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise InputFileError(path, f"{name} must be finite, but it holds NaN or infinity")
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; the same content is the same bytes, whatever order safetensors draws for
+    the metadata."""
+    content = save(dict(tensors), metadata=dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

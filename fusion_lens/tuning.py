@@ -233,9 +233,9 @@ def tune(
     return tuned[0]
 
 
-def export_tuned(tuned: TunedPlan, storage: str, name: str) -> None:
+def export_tuned(tuned: TunedPlan, storage: str, name: str, *, replace: bool = False) -> None:
     """Hand a finished search to an Optuna storage URL: every trial with its prompt, text and
-    scores.
+    scores. With `replace` it takes the place of a study of that name.
 
     Raises:
         SearchError: if the storage cannot be opened or holds a study of that name.
@@ -255,6 +255,7 @@ def export_tuned(tuned: TunedPlan, storage: str, name: str) -> None:
             "perplexity": graded.perplexity,
             "objective": graded.objective,
         },
+        replace=replace,
     )
 
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusion_lens.deltas import Deltas
-from fusion_lens.details import Detail, FeatureShare, Marked, Trace
+from fusion_lens.details import DETAILS, Detail, FeatureShare, Marked, Trace
+from fusion_lens.json_lines import replace_lines
 from fusion_lens.models import ModelIdentity
 from fusion_lens.prompts import Layout
-from fusion_lens.results import Result, Results, Summary
+from fusion_lens.results import (
+    RESULTS,
+    SCHEMA_VERSION,
+    Result,
+    Results,
+    Summary,
+    save_summary,
+)
 from fusion_lens.scores import label_figures
 from fusion_lens.search import Coeffs, Search, SearchConfig, Tuned
 from fusion_lens.statistics import Comparison, Interval
@@ -128,7 +137,7 @@ def comparison(b: str, metric: str, diff: float | None, **more: object) -> dict[
 
 def summary(**arms: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 6,
+        "schema_version": SCHEMA_VERSION,
         "provenance": {
             "model": "tiny",
             "settings": {
@@ -169,6 +178,16 @@ def detail(question_id: str, norms: tuple[float, ...], **more: object) -> Detail
         features_of="segmented",
     )
     return replace(made, **more)
+
+
+def saved(folder: Path, results: Results | None = None) -> Path:
+    """A run's files, as it leaves them."""
+    results = results or make_results()
+    (folder / "plans").mkdir(parents=True, exist_ok=True)
+    replace_lines(folder / RESULTS, results.records)
+    replace_lines(folder / DETAILS, results.details)
+    save_summary(folder, results.summary)
+    return folder
 
 
 def make_results() -> Results:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lent import lent
 
 from fusion_lens.arms import DEFAULT_ARMS as ARMS
 from fusion_lens.arms import TUNED, Bench, choose, prefix_of
@@ -39,7 +40,6 @@ SEGMENTS = {
 
 
 def bench_of(model: HookedModel, lenders: Lenders, **options: object) -> Bench:
-    lenders.gather(QUESTIONS, QUESTIONS, block_size=8, log=EngineLog())
     log = EngineLog()
     made = Bench(model, CONFIG, lenders, Scorer(model, CONFIG, log=log), log, prefix_room=24)
     return replace(made, **options)
@@ -47,14 +47,13 @@ def bench_of(model: HookedModel, lenders: Lenders, **options: object) -> Bench:
 
 @pytest.fixture(scope="module")
 def bench(tiny: HookedModel) -> Iterator[Bench]:
-    with Lenders(tiny, CONFIG) as lenders:
+    with lent(tiny, CONFIG, QUESTIONS) as lenders:
         yield bench_of(tiny, lenders)
 
 
 @pytest.fixture(scope="module")
 def chosen(bench: Bench):
-    made, interrupted = choose(bench, list(bench.lenders.prepared.values()), ARMS, SEGMENTS)
-    assert not interrupted
+    made = choose(bench, list(bench.lenders.prepared.values()), ARMS, SEGMENTS)
     return {(each.prepared.question.id, each.arm): each for each in made}
 
 
@@ -102,7 +101,7 @@ def test_tuned_arms_differ_in_vectors_and_segments_only(bench: Bench, chosen) ->
             continue
         job = each.tuned.job
         assert job.segments == SEGMENTS[TUNED[arm].segments]
-        lent = bench.lenders.lend(TUNED[arm].vectors, bench.lenders.prepared[name])
+        lent = bench.lenders.lend(TUNED[arm].vectors, bench.lenders.prepared[name], bench.model)
         assert torch.equal(job.deltas.vectors, lent.vectors)
         assert len(each.tuned.tuned.trials) == 4
         assert each.graded.objective >= chosen[name, "baseline"].graded.objective
@@ -119,15 +118,15 @@ def test_a_prompt_that_does_not_fit_leaves_the_arm_without_a_choice(
 ) -> None:
     item = bench.lenders.prepared["a"]
     long = replace(item, explanation="She wrote it. " * 60)
-    made, _ = choose(bench, [long], ("baseline", "answer_in_prompt"), SEGMENTS)
+    made = choose(bench, [long], ("baseline", "answer_in_prompt"), SEGMENTS)
     assert [each.arm for each in made] == ["baseline"]
     assert not bench.fits(question_prompt(tiny, "Who? " * 200), prefixed=True)
 
 
 def test_vectors_that_nobody_lends_leave_the_arm_without_a_choice(tiny: HookedModel) -> None:
-    with Lenders(tiny, CONFIG) as lenders:
+    with lent(tiny, CONFIG, QUESTIONS) as lenders:
         bench = bench_of(tiny, lenders)
         lenders.donors.clear()
         items = list(lenders.prepared.values())
-        made, _ = choose(bench, items, ("mismatched", "full"), SEGMENTS)
+        made = choose(bench, items, ("mismatched", "full"), SEGMENTS)
         assert [each.arm for each in made] == ["full"] * 3

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ REFINED = {
     "OutputError": OSError,
     "PlanError": ValueError,
     "QuestionError": ValueError,
+    "ResumeError": ValueError,
     "SearchError": ValueError,
     "SpanError": ValueError,
     "UnfitModelError": ValueError,
@@ -47,6 +49,20 @@ def test_every_exception_has_the_one_root_and_the_builtin_it_refines() -> None:
     assert found.keys() == REFINED.keys()
     for name, value in found.items():
         assert value.__bases__ == (FusionLensError, REFINED[name])
+
+
+def test_every_exception_is_the_same_after_a_way_between_processes() -> None:
+    for error in (
+        InputFileError("q.jsonl", "must be JSON", 3),
+        ContextLengthError(100, 20, 110, limit="the run's cache"),
+        OutputError("run", "it is full"),
+        MissingExtraError("ray", "ray"),
+        HookNameError("blocks.0.hook", ["blocks.0.hook_in"]),
+        ConfigError("no"),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert vars(again) == vars(error)
 
 
 def test_a_fault_in_a_file_names_file_and_line() -> None:

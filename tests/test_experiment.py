@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +14,10 @@ import pytest
 from kinds import gate_of
 
 import fusion_lens.experiment as experiment
-from fusion_lens import arms
+from fusion_lens import arms, workers
 from fusion_lens.atlas import QUESTIONS as ATLAS_QUESTIONS
 from fusion_lens.deltas import Deltas
-from fusion_lens.errors import ConfigError, OutputError, PlanError, SearchError
+from fusion_lens.errors import ConfigError, OutputError, PlanError, ResumeError, SearchError
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.methods.dsas import FittedGate
@@ -25,7 +27,7 @@ from fusion_lens.plans import Step
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt
 from fusion_lens.questions import Question, load_questions, select_questions
-from fusion_lens.results import load_results, plan_path
+from fusion_lens.results import load_records, load_results, plan_path
 from fusion_lens.search import SearchConfig
 
 QUICK = TuningConfig(
@@ -103,7 +105,7 @@ def test_the_folder_holds_what_was_returned(finished) -> None:
 def test_the_summary_holds_means_intervals_and_provenance(finished) -> None:
     results, _ = finished
     summary = results.summary
-    assert summary["schema_version"] == 6
+    assert summary["schema_version"] == 7
     provenance = summary["provenance"]
     assert provenance["seed"] == 0
     assert provenance["processing_mode"] == "unprocessed"
@@ -147,14 +149,21 @@ def test_another_selection_of_a_file_gives_the_same_numbers_to_the_last_bit(tiny
 
 def lines_without_times(folder) -> list[str]:
     lines = (folder / "results.jsonl").read_text("utf-8").splitlines()
-    return sorted(json.dumps(json.loads(line) | {"seconds": 0}) for line in lines)
+    return [json.dumps(json.loads(line) | {"seconds": 0, "crc32": ""}) for line in lines]
+
+
+def same_summary(results) -> dict[str, Any]:
+    """What is the same however often the run was taken up, in whatever blocks."""
+    summary = json.loads(json.dumps(results.summary))
+    del summary["provenance"]["settings"]["block_size"]
+    return {k: v for k, v in summary.items() if k not in ("seconds", "resumed", "engine")}
 
 
 def test_results_are_byte_equal_in_any_order_and_any_blocks(tiny, finished, tmp_path) -> None:
     _, folder = finished
     config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=2)
     run(tiny, QUESTIONS[::-1], config, out=tmp_path)
-    assert lines_without_times(tmp_path) == lines_without_times(folder)
+    assert sorted(lines_without_times(tmp_path)) == sorted(lines_without_times(folder))
 
 
 @pytest.mark.parametrize("executor", ["lean", "hooks"])
@@ -174,15 +183,15 @@ def test_another_slot_shape_gives_the_same_completions_and_coefficients(atlas, e
 
 def test_a_block_of_questions_leaves_no_study_and_no_deltas_behind(tiny, monkeypatch) -> None:
     alive = []
-    write = experiment._write_block
+    keep = experiment._Loop._keep
 
-    def counting(*args: object) -> None:
+    def counting(*args: Any) -> None:
         gc.collect()
         objects = gc.get_objects()
         alive.append(sum(issubclass(type(o), (optuna.Study, Deltas)) for o in objects))
-        write(*args)  # type: ignore[arg-type]
+        keep(*args)
 
-    monkeypatch.setattr(experiment, "_write_block", counting)
+    monkeypatch.setattr(experiment._Loop, "_keep", counting)
     many = [dataclasses.replace(QUESTIONS[0], id=str(i)) for i in range(6)]
     search = dataclasses.replace(QUICK.search, trials=2)
     tuning = dataclasses.replace(QUICK, search=search)
@@ -267,64 +276,194 @@ def test_a_run_in_which_every_question_fails_still_ends(tiny) -> None:
     assert results.summary["arms"]["full"]["metrics"]["overlap"]["mean"] is None
 
 
-def test_an_interrupt_keeps_what_was_finished(tiny, tmp_path, monkeypatch, untouched) -> None:
-    untouched(tiny)
-    calls = []
-    real = arms.tune_jobs
+def interrupting(monkeypatch, owner: Any, name: str, times: int = 1) -> list[int]:
+    """`owner.name` with so many Ctrl-C in its second call."""
+    calls: list[int] = []
+    real = getattr(owner, name)
 
-    def second_fails(*args, **options):
+    def pressed(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **options)
 
-    monkeypatch.setattr(arms, "tune_jobs", second_fails)
-    config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=1)
-    results = run(tiny, QUESTIONS, config, out=tmp_path)
-    assert results.summary["interrupted"]
-    assert {r.question_id for r in load_results(tmp_path).records} == {"a"}
+    monkeypatch.setattr(owner, name, pressed)
+    return calls
 
 
-def stopping_at_the_second(monkeypatch, error: BaseException) -> None:
-    """`details_of` that raises in the second block."""
-    real, calls = experiment.details_of, []
-
-    def details_of(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise error
-        return real(*args)
-
-    monkeypatch.setattr(experiment, "details_of", details_of)
-
-
-def test_an_interrupt_among_the_details_keeps_the_scores_and_plans_of_the_block(
-    tiny, finished, tmp_path, monkeypatch
+@pytest.mark.parametrize(("owner", "name"), [(arms, "tune_jobs"), (workers, "details_of")])
+def test_an_interrupt_ends_the_run_when_the_block_is_written(
+    tiny, tmp_path, monkeypatch, untouched, capsys, finished, owner, name
 ) -> None:
-    stopping_at_the_second(monkeypatch, KeyboardInterrupt())
+    untouched(tiny)
+    interrupting(monkeypatch, owner, name)
     config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=1)
     results = run(tiny, QUESTIONS, config, out=tmp_path)
     assert results.summary["interrupted"]
     assert comparable(results.records) == comparable(finished[0].records)[:6]
     assert load_results(tmp_path).records == results.records
-    for record in results.records:
-        if record.arm != "baseline":
-            plan = load_plan(plan_path(tmp_path, record.question_id, record.arm))
-            assert plan.coeffs == record.coeffs
-    assert [each.question_id for each in load_results(tmp_path).details] == ["a"]
+    assert [each.question_id for each in load_results(tmp_path).details] == ["a", "b"]
     counted = {arm: (c["n"], c["unscored"]) for arm, c in results.summary["arms"].items()}
     assert counted == dict.fromkeys(THREE, (2, 0))
+    assert "stopping when this batch is written" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_error_among_the_details_leaves_the_records_of_the_block_on_disk(
-    tiny, tmp_path, monkeypatch
+def test_a_second_interrupt_ends_the_run_at_once_and_loses_the_block_in_work(
+    tiny, tmp_path, monkeypatch, untouched, finished
 ) -> None:
-    stopping_at_the_second(monkeypatch, RuntimeError("no features"))
+    untouched(tiny)
+    interrupting(monkeypatch, arms, "tune_jobs", times=2)
     config = ExperimentConfig(arms=THREE, tuning=QUICK, block_size=1)
-    with pytest.raises(RuntimeError, match="no features"):
+    with pytest.raises(KeyboardInterrupt):
         run(tiny, QUESTIONS, config, out=tmp_path)
-    lines = (tmp_path / "results.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["question_id"] for line in lines] == ["a"] * 3 + ["b"] * 3
+    monkeypatch.undo()
+    assert not (tmp_path / "summary.json").exists()
+    assert len(load_records(tmp_path / "results.jsonl")) == 3
+    results = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert (results.summary["resumed"], results.summary["interrupted"]) == (3, False)
+    assert lines_without_times(tmp_path) == lines_without_times(finished[1])
+    # the others' deltas among them
+    assert results.details == finished[0].details
+    assert same_summary(results) == same_summary(finished[0])
+
+
+def test_what_is_done_is_not_done_again(tiny, tmp_path, monkeypatch, finished) -> None:
+    config = ExperimentConfig(arms=THREE, tuning=QUICK)
+    run(tiny, QUESTIONS, config, out=tmp_path)
+    path = tmp_path / "results.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    # one arm of the second question is missing, and all of the third but its details
+    path.write_bytes(b"".join(lines[:5]))
+    asked = []
+    real = arms.tune_jobs
+
+    def watched(model, jobs, *args, **options):
+        asked.extend((job.prepared.question.id, job.arm) for job in jobs)
+        return real(model, jobs, *args, **options)
+
+    monkeypatch.setattr(arms, "tune_jobs", watched)
+    details = (tmp_path / "details.jsonl").read_bytes()
+    results = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert asked == [("b", "segmented"), ("c", "full"), ("c", "segmented")]
+    assert path.read_bytes().splitlines(keepends=True)[:5] == lines[:5]
+    assert lines_without_times(tmp_path) == lines_without_times(finished[1])
+    assert (tmp_path / "details.jsonl").read_bytes() == details
+    assert results.summary["resumed"] == 5
+    # nothing is left to do, and the model is not asked
+    asked.clear()
+    again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert (asked, again.summary["resumed"]) == ([], 9)
+    assert again.records == results.records
+    same = ("arms", "comparisons", "groups", "failures", "questions")
+    assert {key: again.summary[key] for key in same} == {key: results.summary[key] for key in same}
+
+
+def test_what_questions_lend_is_told_of_all_of_them_however_few_were_left(tiny, tmp_path) -> None:
+    config = ExperimentConfig(arms=("mismatched",), tuning=QUICK, reach=False)
+    before = run(tiny, QUESTIONS[:2], config, donors=QUESTIONS, out=tmp_path)
+    assert before.summary["donors"] == {"n": 3, "mismatched": 2, "sharing_a_word": 0}
+    for name in ("b", "a", None):
+        if name is not None:
+            plan_path(tmp_path, name, "mismatched").unlink()
+        options = {"donors": QUESTIONS, "out": tmp_path, "existing": "resume"}
+        after = run(tiny, QUESTIONS[:2], config, **options)
+        assert after.summary["resumed"] == (2 if name is None else 1)
+        assert same_summary(after) == same_summary(before)
+
+
+def test_a_plan_that_is_gone_is_made_again(tiny, tmp_path) -> None:
+    config = ExperimentConfig(arms=THREE, tuning=QUICK)
+    before = run(tiny, QUESTIONS, config, out=tmp_path)
+    path = plan_path(tmp_path, "b", "full")
+    content = path.read_bytes()
+    path.unlink()
+    after = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert path.read_bytes() == content
+    assert (after.summary["resumed"], comparable(after.records)) == (8, comparable(before.records))
+
+
+def test_a_run_goes_on_only_as_what_it_was(tiny, other_folder, tmp_path) -> None:
+    config = ExperimentConfig(arms=("baseline",), tuning=QUICK, reach=False)
+    run(tiny, QUESTIONS, config, out=tmp_path)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    search = dataclasses.replace(QUICK.search, trials=7)
+    longer = dataclasses.replace(config, tuning=dataclasses.replace(QUICK, search=search))
+    asked = [*QUESTIONS[:2], dataclasses.replace(QUESTIONS[2], answer="4 May 1901")]
+    for model, questions, other, says in (
+        (tiny, QUESTIONS, longer, r"settings\.tuning\.search\.trials was 6 and is 7"),
+        (tiny, asked, config, "questions_sha256 was "),
+        (tiny, QUESTIONS[:2], config, r"questions was \['a', 'b', 'c'\] and is \['a', 'b'\]"),
+        (load_model(other_folder), QUESTIONS, config, r"model\.weights was "),
+        (tiny, QUESTIONS, dataclasses.replace(config, arms=THREE), r"settings\.arms was "),
+    ):
+        with pytest.raises(ResumeError, match=says):
+            run(model, questions, other, out=tmp_path, existing="resume")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == kept
+    # how questions are taken together changes nothing
+    blocks = dataclasses.replace(config, block_size=1)
+    assert run(tiny, QUESTIONS, blocks, out=tmp_path, existing="resume").summary["resumed"] == 3
+    with pytest.raises(OutputError, match="it holds a run, which can be continued"):
+        run(tiny, QUESTIONS, config, out=tmp_path)
+    again = run(tiny, QUESTIONS[:2], config, out=tmp_path, existing="overwrite")
+    assert [record.question_id for record in again.records] == ["a", "b"]
+
+
+def test_a_question_that_makes_the_work_fail_is_found_and_the_rest_goes_on(
+    tiny, tmp_path, monkeypatch, finished
+) -> None:
+    real = arms.tune_jobs
+
+    def failing(model, jobs, *args, **options):
+        if any((job.prepared.question.id, job.arm) == ("b", "full") for job in jobs):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return real(model, jobs, *args, **options)
+
+    monkeypatch.setattr(arms, "tune_jobs", failing)
+    config = ExperimentConfig(arms=THREE, tuning=QUICK)
+    results = run(tiny, QUESTIONS, config, out=tmp_path)
+    expected = [r for r in finished[0].records if (r.question_id, r.arm) != ("b", "full")]
+    assert comparable(results.records) == comparable(expected)
+    (failure,) = results.summary["failures"]
+    assert (failure["question_id"], failure["arm"], failure["error"]) == (
+        "b",
+        "full",
+        "RuntimeError",
+    )
+    assert "can't allocate memory" in failure["message"]
+    assert results.summary["engine"]["halvings"] == 0
+    assert [each.question_id for each in results.details] == ["a", "b", "c"]
+    # it is tried again, and found again
+    again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert again.summary["failures"] == results.summary["failures"]
+    monkeypatch.undo()
+    mended = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert mended.summary["failures"] == []
+    assert lines_without_times(tmp_path) == lines_without_times(finished[1])
+
+
+def test_details_that_fail_are_a_failure_that_lasts(tiny, tmp_path, monkeypatch, finished) -> None:
+    real = workers.details_of
+
+    def failing(bench, items, *args):
+        if any(item.question.id == "b" for item in items):
+            raise RuntimeError("no features")
+        return real(bench, items, *args)
+
+    monkeypatch.setattr(workers, "details_of", failing)
+    config = ExperimentConfig(arms=THREE, tuning=QUICK)
+    results = run(tiny, QUESTIONS, config, out=tmp_path)
+    assert comparable(results.records) == comparable(finished[0].records)
+    assert [each.question_id for each in results.details] == ["a", "c"]
+    told = [{"question_id": "b", "arm": None, "error": "RuntimeError", "message": "no features"}]
+    assert results.summary["failures"] == told
+    again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert again.summary["failures"] == told
+    # once, also where an arm of the question is made again
+    plan_path(tmp_path, "b", "full").unlink()
+    again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert (again.summary["failures"], again.summary["resumed"]) == (told, 8)
 
 
 def test_any_number_of_segments(tiny) -> None:

@@ -13,8 +13,9 @@ ROOT = Path(fusion_lens.__file__).parent
 
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
-    {"errors", "operators", "progress", "differences"},
-    {"json_lines", "memory"},
+    {"errors", "operators", "progress", "differences", "stopping"},
+    {"durable", "memory"},
+    {"json_lines"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
         *{"pictures", "tables", "record_files", "segments"},
@@ -37,6 +38,7 @@ LAYERS = (
     {"preparation", "statistics"},
     {"report", "fronts"},
     {"results"},
+    {"run_folder"},
     {"scoring"},
     {"tuning", "teacher_forcing"},
     {
@@ -51,16 +53,18 @@ LAYERS = (
     },
     {"methods.dsas_end_to_end"},
     {"arms", "interventions", "behaviours", "question_gates"},
-    {"method_suite"},
+    {"experiment_config", "method_suite"},
     {"method_bench"},
     {"transfer", "selection", "faithfulness", "tracing"},
+    {"workers"},
     {
         *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
         *{"report_data", "method_plots", "front_plots"},
     },
     {"run_plots"},
     {"plots"},
-    {"protocols", "feature_report", "shelves", "report_page"},
+    {"protocols", "feature_report", "shelves", "report_page", "ray_engine"},
+    {"recipes"},
     {"cli_options", "cli_inputs"},
     {"cli"},
 )
@@ -72,6 +76,7 @@ ATLAS_USERS = {
     "models": {"atlas"},
     "cli": {"atlas", "atlas.questions"},
     "cli_inputs": {"atlas"},
+    "recipes": {"atlas"},
 }
 ATLAS_KNOWS = {"errors", "scores", "questions", "contrasts"}
 # its dictionaries are made and judged on the hook points

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lent import lent
 from scipy.stats import bootstrap
 
-from fusion_lens import experiment
+from fusion_lens import workers
 from fusion_lens.arms import TUNED, Bench, choose
 from fusion_lens.atlas import QUESTIONS
 from fusion_lens.controls import Donor
@@ -48,14 +49,13 @@ SEGMENTS = {"full": full(6), "segmented": thirds(6), "last": thirds(6)[-1:]}
 def test_zero_deltas_give_the_baselines_completions_token_for_token(atlas: HookedModel) -> None:
     questions = select_questions(load_questions(QUESTIONS), split="dev", limit=10)
     config = shaped(atlas, questions, trials=5)
-    with Lenders(atlas, config) as lenders:
-        lenders.gather(questions, questions, block_size=16, log=EngineLog())
+    with lent(atlas, config, questions, size=16) as lenders:
         for name, item in lenders.prepared.items():
             lenders.prepared[name] = replace(item, deltas=item.deltas - item.deltas)
         lenders.generic.total *= 0.0
         items = list(lenders.prepared.values())
         arms = ("baseline", *(arm for arm in TUNED if arm not in ELSEWHERE))
-        made, _ = choose(bench_of(atlas, config, lenders), items, arms, SEGMENTS)
+        made = choose(bench_of(atlas, config, lenders), items, arms, SEGMENTS)
     base = {
         each.prepared.question.id: each.graded.completion.tokens
         for each in made
@@ -82,8 +82,7 @@ def test_against_another_questions_gold_segmented_and_mismatched_are_alike(
         golds = [set(words(by_id[name].answer)) - {"the"} for name in names]
         return all(not one & other for i, one in enumerate(golds) for other in golds[:i])
 
-    with Lenders(atlas, config) as lenders:
-        lenders.gather(questions, questions, block_size=64, log=EngineLog())
+    with lent(atlas, config, questions, size=64) as lenders:
         items = []
         for name, item in sorted(lenders.prepared.items()):
             others = [str(other) for other in rng.permutation(sorted(by_id)) if other != name]
@@ -93,7 +92,7 @@ def test_against_another_questions_gold_segmented_and_mismatched_are_alike(
             scored = replace(item.question, answer=by_id[gold].answer)
             items.append(replace(item, question=scored))
         arms = ("segmented", "mismatched")
-        made, _ = choose(bench_of(atlas, config, lenders), items, arms, SEGMENTS)
+        made = choose(bench_of(atlas, config, lenders), items, arms, SEGMENTS)
     objective = {(c.prepared.question.id, c.arm): c.graded.objective for c in made}
     diffs = [objective[name, "segmented"] - objective[name, "mismatched"] for name in by_id]
     assert any(diffs)
@@ -105,18 +104,18 @@ def test_against_another_questions_gold_segmented_and_mismatched_are_alike(
 
 def test_a_planted_effect_is_detected(atlas: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = select_questions(load_questions(QUESTIONS), split="dev", limit=12)
-    real = experiment.choose
+    real = workers.choose
 
     def planted(bench: Bench, *args: object, **options: object):
-        made, interrupted = real(bench, *args, **options)
+        made = real(bench, *args, **options)
         for n, each in enumerate(made):
             if each.arm == "segmented":
                 gold = Completion(each.prepared.question.answer, (5, 6), ended=True)
                 graded = grade(each.prepared.question, gold, each.graded.nll)
                 made[n] = replace(each, graded=graded)
-        return made, interrupted
+        return made
 
-    monkeypatch.setattr(experiment, "choose", planted)
+    monkeypatch.setattr(workers, "choose", planted)
     config = ExperimentConfig(
         arms=("segmented", "generic", "random"),
         tuning=TuningConfig(

@@ -15,16 +15,17 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.offline
 import pytest
+from records import saved
 from sample_runs import ARMS, HOSTILE, empty_run, hostile_run, large_run, run_summary, small_run
 
 from fusion_lens import cli
-from fusion_lens.details import append_details
+from fusion_lens.durable import replace_text
 from fusion_lens.errors import OutputError
 from fusion_lens.pictures import Figure, plain, styled
 from fusion_lens.report import closing_lines, sections
 from fusion_lens.report_data import details_table, packed, records_table
 from fusion_lens.report_page import _figure, html_report, main_arm, page_script
-from fusion_lens.results import Results, Summary, append_results, save_summary, write_text
+from fusion_lens.results import Results, Summary
 
 PAGE = Path(__file__).parents[1] / "fusion_lens" / "page"
 
@@ -117,9 +118,7 @@ def test_report_writes_the_page_again_from_the_folder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = small_run()
-    append_results(tmp_path, results.records)
-    append_details(tmp_path, results.details)
-    save_summary(tmp_path, results.summary)
+    saved(tmp_path, results)
     monkeypatch.setattr(sys, "argv", ["fusion-lens", "report", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -133,7 +132,7 @@ def test_a_page_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) ->
     path.write_text("earlier")
     (tmp_path / "report.html.part").mkdir()
     with pytest.raises(OutputError):
-        write_text(path, "later")
+        replace_text(path, "later")
     assert path.read_text() == "earlier"
 
 

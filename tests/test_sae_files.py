@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def test_a_place_that_cannot_be_written_is_one_error(
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OutputError, match="No space left on device"):
         seal_sae(sealed, identify(tiny))
     assert json.loads((sealed / "cfg.json").read_text("utf-8"))["architecture"] == "jumprelu"

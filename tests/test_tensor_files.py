@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fusion_lens.errors import InputFileError
-from fusion_lens.tensor_files import Header, read_config, read_tensors, tensors_digest
+from fusion_lens.tensor_files import (
+    Header,
+    read_config,
+    read_tensors,
+    tensor_bytes,
+    tensors_digest,
+)
 
 
 def read(path: Path, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -105,3 +112,16 @@ def test_a_digest_depends_on_names_shapes_dtypes_and_values_and_not_on_order() -
         {"a": one, "b": two + 1e-7},
     ):
         assert tensors_digest(other) != digest
+
+
+def test_the_same_content_is_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bool)}
+    metadata = {name: name * 3 for name in "hgfedcbaü"}
+    first = tensor_bytes(tensors, metadata)
+    # safetensors draws an order of the metadata every time
+    assert all(tensor_bytes(dict(reversed(tensors.items())), metadata) == first for _ in range(20))
+    (tmp_path / "x").write_bytes(first)
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("b"), tensors["b"])
+        assert torch.equal(file.get_tensor("a"), tensors["a"])

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lent import lent
 
 from fusion_lens.arms import Bench, Chosen, choose
 from fusion_lens.attribution import FeatureEffect
 from fusion_lens.details import FeatureShare
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.generation import GenerationConfig
-from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import full, thirds
 from fusion_lens.preparation import TuningConfig
@@ -35,13 +35,12 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def chosen(tiny: HookedModel) -> Iterator[tuple[Bench, list[Chosen]]]:
-    with Lenders(tiny, CONFIG) as lenders:
+    with lent(tiny, CONFIG, QUESTIONS) as lenders:
         log = EngineLog()
-        lenders.gather(QUESTIONS, QUESTIONS, block_size=2, log=log)
         bench = Bench(tiny, CONFIG, lenders, Scorer(tiny, CONFIG), log)
         segments = {"full": full(4), "segmented": thirds(4), "last": thirds(4)[-1:]}
         arms = ("baseline", "full", "segmented")
-        yield bench, choose(bench, list(lenders.prepared.values()), arms, segments)[0]
+        yield bench, choose(bench, list(lenders.prepared.values()), arms, segments)
 
 
 def test_every_steered_arm_has_its_completion_token_by_token(tiny, chosen) -> None:

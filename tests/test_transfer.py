@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 from conftest import deltas_of
+from lent import lent
 
 from fusion_lens.arms import Bench, Chosen
 from fusion_lens.decoding import Row
 from fusion_lens.divergence import kl_unrelated
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.generation import GenerationConfig, generate
-from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import make_plan
 from fusion_lens.preparation import TuningConfig
@@ -59,8 +59,7 @@ def reached(tiny: HookedModel, plan):
             Neighbour("When?", "not what it says"),
         ),
     )
-    with Lenders(tiny, CONFIG) as lenders:
-        lenders.gather([question], [question], block_size=1, log=EngineLog())
+    with lent(tiny, CONFIG, [question]) as lenders:
         item = lenders.prepared["q"]
         score = Scorer(tiny, CONFIG)
         bench = Bench(tiny, CONFIG, lenders, score, EngineLog(), prefix_room=32)
@@ -136,8 +135,7 @@ def test_without_unrelated_text_its_divergence_is_unscored(reached) -> None:
 
 def test_a_question_without_other_wordings_is_unscored_never_0(tiny: HookedModel) -> None:
     question = Question("q", "Who wrote the red book?", "Ada", explanation="So.")
-    with Lenders(tiny, CONFIG) as lenders:
-        lenders.gather([question], [question], block_size=1, log=EngineLog())
+    with lent(tiny, CONFIG, [question]) as lenders:
         item = lenders.prepared["q"]
         score = Scorer(tiny, CONFIG)
         bench = Bench(tiny, CONFIG, lenders, score, EngineLog())

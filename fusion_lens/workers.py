@@ -1,0 +1,349 @@
+"""One model -> the arms of any questions: what a run hands out, in this process or in others.
+
+A worker knows nothing of files, of the judge or of other workers. Whatever it is given at once,
+every question gets the same numbers: rows of a batch do not see each other, and the engine's shape
+is that of the whole file. A question that fails is found by halving what was given, down to one arm
+of one question; the rest goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from fusion_lens.activations import padded_length
+from fusion_lens.arms import Bench, Chosen, choose, most_rows, prefix_of_question
+from fusion_lens.details import Detail
+from fusion_lens.divergence import n_counted, pieces_of
+from fusion_lens.engine_log import EngineLog
+from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.judges import JudgeItem
+from fusion_lens.lenders import Lenders, Ready
+from fusion_lens.memory import release_freed
+from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.perplexity import PerplexityModel
+from fusion_lens.plans import Gate, Segment
+from fusion_lens.preparation import Failure, Prepared, prepare, with_engine_shape
+from fusion_lens.prompts import Prompt, tokenize
+from fusion_lens.questions import Question
+from fusion_lens.scoring import Scorer, judge_item
+from fusion_lens.tracing import Explain, details_of
+from fusion_lens.transfer import Reach, measure
+from fusion_lens.tuning import make_segments
+
+T = TypeVar("T")
+M = TypeVar("M")
+Made = tuple[list[M], list[Failure]]
+"""What was made, and what could not be."""
+Pair = tuple[str, str]
+"""The id of a question, and an arm."""
+
+_UNMEASURED = Reach(None, 0, None, 0, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a worker has: its model, what measures perplexity (None: the model itself), and how many
+    threads it computes with."""
+
+    model: ModelIdentity
+    fluency: str | None
+    explains: bool
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every worker of a run is told once. `config` has numbers for the engine's shape;
+    `prefix_room` is the cache that prompts with an answer before them need beyond it; `unrelated`
+    is the text that divergence is measured on, and where it is from, `unrelated_tokens` how much of
+    it is counted."""
+
+    config: ExperimentConfig
+    gate: Gate | None
+    unrelated: tuple[str, str] | None
+    prefix_room: int = 0
+    unrelated_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Questions and their arms to be run together, in order, with what is lent to them;
+    `undetailed` are the questions whose details are not known yet."""
+
+    pairs: tuple[Pair, ...]
+    undetailed: tuple[str, ...]
+    lenders: Lenders
+
+    def only(self, names: Sequence[str]) -> Task:
+        """The part of some of its questions."""
+        return Task(
+            tuple(pair for pair in self.pairs if pair[0] in names),
+            tuple(name for name in self.undetailed if name in names),
+            self.lenders.only(names),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one arm chose for one question, how far that reaches, and what a judge is to read."""
+
+    chosen: Chosen
+    reach: Reach
+    item: JudgeItem
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A task that is done, or a part of one, and what the engine did for it."""
+
+    pairs: tuple[Pair, ...]
+    outcomes: tuple[Outcome, ...]
+    details: tuple[Detail, ...]
+    failures: tuple[Failure, ...]
+    log: EngineLog
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Whoever runs tasks: this process, or a cluster."""
+
+    def describe(self) -> Description:
+        """What every worker has."""
+        ...
+
+    def set_up(self, setup: Setup, pool: Sequence[Question]) -> Setup:
+        """Tell the workers what is run, with the engine's shape for all questions of a file."""
+        ...
+
+    def block_size(self, asked: int, n_questions: int) -> int:
+        """How many questions make a task where `asked` are asked for."""
+        ...
+
+    def prepare(self, blocks: Iterable[Sequence[Question]]) -> Iterator[Ready]:
+        """What `preparation.prepare` makes of each block, in their order."""
+        ...
+
+    def solve(
+        self,
+        tasks: Iterable[Task],
+        *,
+        stopping: Callable[[], bool],
+        progress: Callable[[int], None],
+    ) -> Iterator[Solved]:
+        """Tasks as they are done, no more of them begun once `stopping`. `progress` is told how
+        many trials are done of those in work."""
+        ...
+
+
+class Worker:
+    """A model with what is needed to run any arm of any question on it."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        *,
+        fluency: PerplexityModel | None = None,
+        explain: Explain | None = None,
+    ) -> None:
+        self.model = model
+        self._fluency = fluency
+        self._explain = explain
+        self._halvings = 0
+
+    def describe(self) -> Description:
+        """What it has."""
+        fluency = None if self._fluency is None else self._fluency.name
+        threads = torch.get_num_threads()
+        return Description(identify(self.model), fluency, self._explain is not None, threads)
+
+    def shaped(self, setup: Setup, pool: Sequence[Question]) -> Setup:
+        """The same with numbers for slots, cache length and room that serve all these questions.
+
+        Raises:
+            ConfigError: if the metrics are the published ones and nothing measures perplexity.
+            PlanError: if the model has fewer layers than segments.
+            InputFileError: if the unrelated text is too short.
+        """
+        config = setup.config
+        n_rows = most_rows(config.tuning, pool)
+        tuning = with_engine_shape(self.model, pool, config.tuning, n_rows=n_rows)
+        room = 0
+        if "answer_in_prompt" in config.arms:
+            room = _prefix_room(self.model, pool, config)
+        shaped = replace(setup, config=replace(config, tuning=tuning), prefix_room=room)
+        self.begin(shaped)
+        return replace(shaped, unrelated_tokens=sum(map(n_counted, self._unrelated)))
+
+    def begin(self, setup: Setup) -> None:
+        """Take in what is run."""
+        config = setup.config
+        self._setup = setup
+        self._segments = _segments(config, int(self.model.cfg.n_layers))
+        self._unrelated: list[Prompt] = []
+        if config.reach and setup.unrelated is not None:
+            self._unrelated = pieces_of(self.model, *setup.unrelated)
+        # refuses published metrics that nothing measures
+        Scorer(self.model, config.tuning, fluency=self._fluency)
+
+    def prepare(self, questions: Sequence[Question]) -> Ready:
+        """`preparation.prepare`, and what failed otherwise by itself."""
+        log = EngineLog(halvings=self._halvings)
+
+        def attempt(some: Sequence[Question]) -> Made[Prepared]:
+            return prepare(self.model, some, self._setup.config.tuning, log=log)
+
+        prepared, failed = _apart(
+            attempt, questions, lambda question, error: Failure.of(question.id, error), log
+        )
+        self._halvings = log.halvings
+        return Ready(prepared, failed, log)
+
+    def solve(self, task: Task, progress: Callable[[int], None] | None = None) -> Solved:
+        """All arms of a task, and the details of its questions. `progress` is told how many trials
+        are done."""
+        log = EngineLog(halvings=self._halvings)
+        setup, prepared = self._setup, task.lenders.prepared
+        bench = Bench(
+            self.model,
+            setup.config.tuning,
+            task.lenders,
+            Scorer(self.model, setup.config.tuning, fluency=self._fluency, log=log),
+            log,
+            prefix_room=setup.prefix_room,
+            gate=setup.gate,
+        )
+
+        def run(pairs: Sequence[Pair]) -> Made[Outcome]:
+            made: list[Outcome] = []
+            for arms, names in _alike(pairs):
+                made += self._outcomes(bench, [prepared[name] for name in names], arms, progress)
+            return made, []
+
+        outcomes, failed = _apart(
+            run, task.pairs, lambda pair, error: Failure.of(pair[0], error, pair[1]), log
+        )
+
+        def tell(names: Sequence[str]) -> Made[Detail]:
+            chosen = [one.chosen for one in outcomes if one.chosen.question_id in names]
+            items = [prepared[name] for name in names]
+            return details_of(bench, items, chosen, self._explain), []
+
+        details, untold = _apart(tell, task.undetailed, Failure.of, log)
+        self._halvings = log.halvings
+        release_freed()
+        return Solved(task.pairs, tuple(outcomes), tuple(details), (*failed, *untold), log)
+
+    def _outcomes(
+        self,
+        bench: Bench,
+        items: Sequence[Prepared],
+        arms: Sequence[str],
+        progress: Callable[[int], None] | None,
+    ) -> list[Outcome]:
+        told = None if progress is None else lambda _, done, __: progress(done)
+        chosen = choose(bench, items, arms, self._segments, progress=told)
+        reached = [_UNMEASURED] * len(chosen)
+        if self._setup.config.reach:
+            reached = measure(bench, chosen, self._unrelated)
+        return [
+            Outcome(each, reach, self._item(each))
+            for each, reach in zip(chosen, reached, strict=True)
+        ]
+
+    def _item(self, chosen: Chosen) -> JudgeItem:
+        item, written = chosen.prepared, chosen.graded.completion
+        config = self._setup.config.tuning
+        return judge_item(self.model, item.question, item.prompt, written, config)
+
+
+class LocalEngine:
+    """One worker in this process, a task after the other."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def describe(self) -> Description:
+        """See `Engine`."""
+        return self._worker.describe()
+
+    def set_up(self, setup: Setup, pool: Sequence[Question]) -> Setup:
+        """See `Engine`."""
+        return self._worker.shaped(setup, pool)
+
+    def block_size(self, asked: int, n_questions: int) -> int:
+        """As asked: all rounds of a block share one batch."""
+        return asked
+
+    def prepare(self, blocks: Iterable[Sequence[Question]]) -> Iterator[Ready]:
+        """See `Engine`."""
+        return map(self._worker.prepare, blocks)
+
+    def solve(
+        self,
+        tasks: Iterable[Task],
+        *,
+        stopping: Callable[[], bool],
+        progress: Callable[[int], None],
+    ) -> Iterator[Solved]:
+        """See `Engine`."""
+        for task in tasks:
+            yield self._worker.solve(task, progress)
+            if stopping():
+                return
+
+
+def _apart(
+    attempt: Callable[[Sequence[T]], Made[M]],
+    items: Sequence[T],
+    blame: Callable[[T, Exception], Failure],
+    log: EngineLog,
+) -> Made[M]:
+    """What an attempt makes of all items; where it raises, of each half, and so on: the items that
+    fail alone are failures. Memory that one item had too little of is not taken from the others."""
+    if not items:
+        return [], []
+    halvings = log.halvings
+    try:
+        return attempt(items)
+    except Exception as error:
+        if len(items) == 1:
+            log.halvings = halvings
+            return [], [blame(items[0], error)]
+    log.halvings = halvings
+    middle = len(items) // 2
+    halves = [_apart(attempt, part, blame, log) for part in (items[:middle], items[middle:])]
+    return [one for made, _ in halves for one in made], [one for _, own in halves for one in own]
+
+
+def _alike(pairs: Sequence[Pair]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """The questions of each selection of arms."""
+    wanted: dict[str, tuple[str, ...]] = {}
+    for name, arm in pairs:
+        wanted[name] = (*wanted.get(name, ()), arm)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, arms in wanted.items():
+        groups.setdefault(arms, []).append(name)
+    return list(groups.items())
+
+
+def _segments(config: ExperimentConfig, n_layers: int) -> dict[str, tuple[Segment, ...]]:
+    segmented = make_segments(config.segments, n_layers)
+    return {
+        "full": make_segments("full", n_layers),
+        "segmented": segmented,
+        "last": segmented[-1:],
+    }
+
+
+def _prefix_room(model: HookedModel, pool: Sequence[Question], config: ExperimentConfig) -> int:
+    """Tokens that the longest answer and explanation before a question can take."""
+    lengths = []
+    for question in pool:
+        told = tokenize(model, prefix_of_question(question), prepend_bos=False)
+        own = config.tuning.explanation_tokens if question.explanation is None else 0
+        lengths.append(len(told.tokens) + own)
+    return padded_length(max(lengths))

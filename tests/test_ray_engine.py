@@ -1,0 +1,250 @@
+"""With real Ray, on processes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion_lens import ray_engine
+from fusion_lens.errors import ConfigError, ModelError
+from fusion_lens.experiment import run
+from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.generation import GenerationConfig
+from fusion_lens.models import HookedModel
+from fusion_lens.preparation import TuningConfig
+from fusion_lens.questions import Question
+from fusion_lens.ray_engine import RayEngine
+from fusion_lens.recipes import Recipe
+from fusion_lens.results import load_results
+from fusion_lens.search import SearchConfig
+from fusion_lens.workers import Solved, Task, Worker
+
+ray: Any = pytest.importorskip("ray", reason="Ray is an extra of its own")
+
+CONFIG = ExperimentConfig(
+    arms=("baseline", "segmented", "generic", "mismatched"),
+    tuning=TuningConfig(
+        search=SearchConfig(trials=6, round_size=3, high=6.0),
+        generation=GenerationConfig(max_new_tokens=8),
+        explanation_tokens=6,
+    ),
+)
+QUESTIONS = [
+    Question("a", "Who wrote the red book?", "Ada Lovelace", subject="book"),
+    Question("b", "When was it written?", "in 1843", subject="book"),
+    Question("c", "When was Tom born?", "3 May 1901", subject="Tom"),
+    Question("d", "Where is the harbour?", "in the north", subject="harbour"),
+]
+
+
+@dataclass(frozen=True)
+class Cursed:
+    """A worker of the tiny model that dies over one question, or over its first tasks: as many as
+    there are in `lives`, a folder with a file for each."""
+
+    recipe: Recipe
+    question: str | None = None
+    lives: str | None = None
+
+    def __call__(self) -> Worker:
+        return _Cursed(self.recipe.opened(), self)
+
+
+class _Cursed(Worker):
+    def __init__(self, model: HookedModel, curse: Cursed) -> None:
+        super().__init__(model)
+        self._curse = curse
+
+    def solve(self, task: Task, progress: Any = None) -> Solved:
+        if self._curse.question in {name for name, _ in task.pairs}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._curse.lives is not None:
+            for life in Path(self._curse.lives).iterdir():
+                life.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().solve(task, progress)
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[None]:
+    """One Ray for all tests: engines use what runs. Actors cannot import this file."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder: Path) -> Recipe:
+    return Recipe(str(tiny_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(tiny, QUESTIONS, CONFIG, out=folder, progress=False)
+    return folder
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """All that a run wrote, without times."""
+    lines = [
+        json.loads(line) | {"seconds": 0, "crc32": ""}
+        for line in (folder / "results.jsonl").read_bytes().splitlines()
+    ]
+    summary = load_results(folder).summary
+    for name in ("seconds", "resumed"):
+        summary[name] = 0
+    plans = {path.name: path.read_bytes() for path in (folder / "plans").iterdir()}
+    return {
+        "lines": lines,
+        "summary": summary,
+        "plans": plans,
+        "details": (folder / "details.jsonl").read_bytes(),
+    }
+
+
+def test_two_workers_give_what_one_process_gives_byte_for_byte(
+    started: None, recipe: Recipe, alone: Path, tmp_path: Path
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    with RayEngine(recipe, workers=2) as engine:
+        assert engine.describe().threads == 1
+        run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=lambda *own: told.append(own))
+    found, expected = comparable(tmp_path), comparable(alone)
+    threads = [each["summary"]["provenance"].pop("threads") for each in (found, expected)]
+    assert threads[0] == 1
+    assert found == expected
+    trials = [done for stage, done, _ in told if stage == "trials"]
+    assert trials == sorted(trials)
+    assert (trials[-1], told[-1][2]) == (72, 72)
+    assert [done for stage, done, _ in told if stage == "preparing"] == [0, 1, 2, 3, 4]
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_twice(
+    started: None,
+    recipe: Recipe,
+    alone: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The only one there is, while it works."""
+    (tmp_path / "lives").mkdir()
+    (tmp_path / "lives" / "first").touch()
+    with RayEngine(Cursed(recipe, lives=str(tmp_path / "lives")), workers=1) as engine:
+        run(engine, QUESTIONS, CONFIG, out=tmp_path / "run", progress=False)
+    assert comparable(tmp_path / "run")["lines"] == comparable(alone)["lines"]
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "worker 1 of 1 died and is replaced"
+    ]
+
+
+def test_a_question_that_kills_whoever_takes_it_is_a_failure_and_the_rest_goes_on(
+    started: None, recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "_ALONE", 2)
+    with RayEngine(Cursed(recipe, question="b"), workers=1) as engine:
+        results = run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=False)
+    expected = [line for line in comparable(alone)["lines"] if line["question_id"] != "b"]
+    assert comparable(tmp_path)["lines"] == expected
+    failures = results.summary["failures"]
+    assert [(own["question_id"], own["arm"]) for own in failures] == [
+        ("b", arm) for arm in CONFIG.arms
+    ]
+    assert failures[0]["message"].startswith("a question must leave its worker alive, but 2 died")
+
+
+def test_what_a_worker_cannot_open_is_told_as_it_is_without_ray(started: None) -> None:
+    with (
+        RayEngine(Recipe("/no/such/folder"), workers=1) as engine,
+        pytest.raises(ModelError, match="/no/such/folder must be an existing checkpoint folder"),
+    ):
+        engine.describe()
+
+
+def test_settings_that_cannot_be_had_are_refused(started: None, recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match="workers must be at least 1, but got 0"):
+        RayEngine(recipe, workers=0)
+    with pytest.raises(ConfigError, match="threads must be at least 1, but got -1"):
+        RayEngine(recipe, threads=-1)
+    with pytest.raises(ConfigError, match="gpus_per_worker must be 0 or above, but got -0"):
+        RayEngine(recipe, gpus_per_worker=-0.5)
+    with pytest.raises(ConfigError, match="1 CPU cores and 999 GPUs for a worker, but has 4 and"):
+        RayEngine(recipe, gpus_per_worker=999)
+
+
+def test_there_are_no_more_workers_than_there_is_room_for(
+    started: None, recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RayEngine(recipe, workers=3, threads=2) as engine:
+        assert engine.workers == 2
+        # a task for each, and some to spare
+        assert [engine.block_size(64, n) for n in (1, 8, 9, 80, 10_000)] == [1, 1, 2, 10, 64]
+    assert caplog.messages == ["there is room for 2 of 3 workers; the run has those"]
+
+
+def task_of(names: str) -> Task:
+    from fusion_lens.lenders import Lenders
+
+    return Task(tuple((name, arm) for name in names for arm in ("x", "y")), (), Lenders(0))
+
+
+def test_what_kills_together_is_halved_until_one_is_left() -> None:
+    whole = ray_engine._Solving(0, 0, task_of("abc"))
+    (again,) = whole.after_death()
+    assert again.task.pairs == whole.task.pairs
+    halves = again.after_death()
+    assert ["".join(dict(own.task.pairs)) for own in halves] == ["a", "bc"]
+    alone = halves[0]
+    for _ in range(2):
+        (alone,) = alone.after_death()
+    assert alone.after_death() == []
+    assert [(own.question_id, own.arm) for own in alone.failed().failures] == [
+        ("a", "x"),
+        ("a", "y"),
+    ]
+    assert alone.failed().pairs == alone.task.pairs
+
+
+def test_a_block_that_is_prepared_in_parts_is_one_again() -> None:
+    block = tuple(QUESTIONS)
+    first, second = ray_engine._Preparing(3, 1, block).after_death()
+    assert (first.number, first.block, second.block) == (3, block[:2], block[2:])
+    joined = ray_engine._joined([second.failed(), replace(first, deaths=4).failed()])
+    assert [own.question_id for own in joined.failed] == ["c", "d", "a", "b"]
+    assert "but 3 died" in joined.failed[0].message
+
+
+def test_two_machines_of_a_cluster_share_the_work(
+    recipe: Recipe, alone: Path, tmp_path: Path
+) -> None:
+    """Two raylets on loopback, each with room for one worker."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False},
+        connect=False,
+    )
+    try:
+        cluster.add_node(num_cpus=1)
+        with RayEngine(recipe, workers=2, address=cluster.address) as engine:
+            assert engine.workers == 2
+            homes = {ray.get(actor.home.remote()) for actor in engine._actors}
+            assert len(homes) == 2
+            run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=False)
+        assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
