@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray clean
+.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -49,6 +49,9 @@ bench-features: $(STAMP)
 
 bench-ray: $(STAMP)
 	$(BIN)/python benchmarks/ray_workers.py
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py
 
 bench-methods: $(STAMP)
 	$(BIN)/python benchmarks/methods.py

@@ -13,6 +13,8 @@ import pytest
 
 from fusion_lens.atlas import CONTRASTS, QUESTIONS
 from fusion_lens.contrasts import KINDS, load_contrasts, of_kind, require_parts
+from fusion_lens.decoding import GenerationConfig
+from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.fronts import kept_at
 from fusion_lens.method_bench import compare_methods
 from fusion_lens.preparation import TuningConfig
@@ -174,3 +176,27 @@ def test_figures_are_pooled_over_seeds(script, atlas) -> None:
     text = methods.markdown("gates", found)
     assert f"| {name} | generic | " in text
     assert text.count("\n\n") == 1
+
+
+def test_a_soak_tells_what_a_process_holds_after_each_block(script, tiny) -> None:
+    soak = script("soak")
+    config = ExperimentConfig(
+        arms=("baseline", "segmented"),
+        tuning=TuningConfig(
+            search=SearchConfig(trials=2, round_size=2),
+            generation=GenerationConfig(max_new_tokens=4),
+            explanation_tokens=4,
+        ),
+        reach=False,
+        block_size=2,
+    )
+    asked = [Question(f"q{n}", f"Who wrote book {n}?", "Ada Lovelace") for n in range(8)]
+    found = soak.measure(tiny, asked, config, 4)
+    assert [each["questions"] for each in found["course"]] == [2, 4, 6, 8]
+    assert (found["questions"], found["failed"]) == (8, 0)
+    assert found["left"]["hooks"] == found["left"]["threads"] == 0
+    last, start = found["course"][-1], found["course"][1]
+    assert found["growth"]["resident"] == last["resident"] / start["resident"] - 1
+    told = soak.markdown(found, 4)
+    assert told.count("\n| ") == 1 + 1 + 4 + 1
+    assert "8 questions in" in told
