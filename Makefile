@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: run test test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray soak clean
+.PHONY: run test chaos chaos-ray test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -13,6 +13,13 @@ run: $(STAMP)
 # two processes of one thread each: more threads than cores slow small products by orders of magnitude
 test: $(STAMP) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+chaos: $(STAMP)
+	bash tests/chaos/tools.sh || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m chaos -s tests/chaos
+
+chaos-ray: $(STAMP)
+	$(BIN)/python -m pytest -m chaos_ray -s tests/chaos
 
 test-pages: $(STAMP) $(DOCS)
 	$(BIN)/python -m pytest -m pages

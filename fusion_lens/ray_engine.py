@@ -269,10 +269,9 @@ class _Actor:
         self._done = 0
         return self._opened().solve(task, self._tell)
 
-    def home(self) -> str:
-        """The machine of the cluster that it is on."""
-        found: str = _ray().get_runtime_context().get_node_id()
-        return found
+    def home(self) -> tuple[str, int]:
+        """The machine of the cluster that it is on, and its process there."""
+        return _ray().get_runtime_context().get_node_id(), os.getpid()
 
     def done(self) -> int:
         """How many trials of the task in work are done."""

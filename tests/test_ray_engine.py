@@ -241,7 +241,7 @@ def test_two_machines_of_a_cluster_share_the_work(
         cluster.add_node(num_cpus=1)
         with RayEngine(recipe, workers=2, address=cluster.address) as engine:
             assert engine.workers == 2
-            homes = {ray.get(actor.home.remote()) for actor in engine._actors}
+            homes = {ray.get(actor.home.remote())[0] for actor in engine._actors}
             assert len(homes) == 2
             run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=False)
         assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,8 @@ class Nursery:
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "TMPDIR": str(folder / "tmp"),
             "TOKENIZERS_PARALLELISM": "false",
+            # an allocator that comes with transformer_lens' packages
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
             **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
         }
         self._process = subprocess.Popen(
@@ -104,9 +106,10 @@ class Nursery:
             assert child.ended() == (0, "")
         return _points(log.read_text("utf-8"), folder)
 
-    def struck(self, child: Child, point: Point, fault: str) -> Ended:
-        """The child, whose call at that point gets a `fault`, as strace names it."""
-        at = f"inject={point.call}:{fault}:when={point.n}"
+    def struck(self, child: Child, point: Point, fault: str, *, onwards: bool = False) -> Ended:
+        """The child, whose call at that point (and every one of its kind from there `onwards`) gets
+        a `fault`, as strace names it."""
+        at = f"inject={point.call}:{fault}:when={point.n}" + "+" * onwards
         with _attached(child.pid, "-o/dev/null", "-e", f"trace={point.call}", "-e", at):
             return child.ended()
 
@@ -142,6 +145,14 @@ class Child:
         """Let go, and waited for."""
         self.go()
         return self.wait()
+
+    def paused(self) -> None:
+        """Let go, and waited for until it stops itself."""
+        self.go()
+        end = time.monotonic() + _PATIENCE
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < end, self._told
+            time.sleep(0.01)
 
     def killed_after(self, seconds: float) -> Ended:
         """Let go, and killed then, if it has not ended."""
@@ -207,10 +218,9 @@ def outcome(folder: Path) -> dict[str, Any]:
 def broken_promise(folder: Path) -> str | None:
     """What does not hold of a folder that must hold at every moment of a run; None where all
     does."""
-    details = read_whole_lines(folder / "details.jsonl", read_detail, noun="details").values
-    failures = read_whole_lines(folder / "failures.jsonl", dict, noun="a failure").values
+    details, failures = _lines(folder, "details", read_detail), _lines(folder, "failures", dict)
     told = {own.question_id for own in details} | {own["question_id"] for own in failures}
-    records = read_whole_lines(folder / "results.jsonl", read_result, noun="a result").values
+    records = _lines(folder, "results", read_result)
     for record in records:
         if record.coeffs:
             plan = load_plan(plan_path(folder, record.question_id, record.arm))
@@ -223,6 +233,11 @@ def broken_promise(folder: Path) -> str | None:
         if sum(arm["n"] for arm in arms.values()) != len(records):
             return "there is a summary of other results"
     return None
+
+
+def _lines(folder: Path, name: str, make: Callable[[Any], Any]) -> tuple[Any, ...]:
+    path = folder / f"{name}.jsonl"
+    return read_whole_lines(path, make, noun="a line of a run").values if path.exists() else ()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from stand_in import ARMS, CONFIG, QUESTIONS, StandIn
 
+from fusion_lens import statistics
 from fusion_lens.atlas import QUESTIONS as ATLAS_QUESTIONS
 from fusion_lens.errors import OutputError, ResumeError
 from fusion_lens.experiment import run
@@ -36,13 +38,13 @@ ATLAS_CONFIG = ExperimentConfig(
     arms=ARMS,
     tuning=TuningConfig(
         search=SearchConfig(trials=4, round_size=2),
-        generation=GenerationConfig(max_new_tokens=12),
-        explanation_tokens=6,
+        generation=GenerationConfig(max_new_tokens=8, slots=2, cache_length=64),
+        explanation_tokens=4,
     ),
     reach=False,
     block_size=1,
 )
-_PR_SET_PTRACER, _ANYBODY = 0x59616D61, -1
+_PR_SET_PDEATHSIG, _PR_SET_PTRACER, _ANYBODY = 1, 0x59616D61, -1
 
 
 class Nursery:
@@ -75,8 +77,10 @@ class Nursery:
             self._held[pid] = held
             return pid
         os.close(held)
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         # Linux with Yama lets only parents look, but for this
-        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANYBODY, 0, 0, 0)
+        prctl(_PR_SET_PTRACER, _ANYBODY, 0, 0, 0)
         os.read(waits, 1)
         os._exit(self._child(asked))
 
@@ -103,12 +107,28 @@ class Nursery:
             pool = load_questions(ATLAS_QUESTIONS)
             questions = select_questions(pool, split="dev", limit=6)
             run(self._atlas, questions, ATLAS_CONFIG, **options)
-        elif scenario == "other":
+            return
+        # what the intervals of canned results are is not what is tried
+        statistics.N_RESAMPLES = 100
+        if scenario == "pausing":
+            options["progress"] = _Pause()
+        config = CONFIG
+        if scenario == "other":
             search = replace(CONFIG.tuning.search, seed=1)
-            tuning = replace(CONFIG.tuning, search=search)
-            run(StandIn(), QUESTIONS, replace(CONFIG, tuning=tuning), **options)
-        else:
-            run(StandIn(backwards=scenario == "backwards"), QUESTIONS, CONFIG, **options)
+            config = replace(CONFIG, tuning=replace(CONFIG.tuning, search=search))
+        run(StandIn(backwards=scenario == "backwards"), QUESTIONS, config, **options)
+
+
+class _Pause:
+    """Stops the process when the first results are written, until somebody lets it go on."""
+
+    def __init__(self) -> None:
+        self._paused = False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "trials" and done and not self._paused:
+            self._paused = True
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def serve(models: list[str]) -> None:
