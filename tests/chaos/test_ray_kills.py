@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_killed_workers_lose_nothing_and_do_nothing_twice(workers: int, tmp_path
             out=tmp_path / "killed",
             progress=lambda *_: told.append(time.monotonic()),
         )
-    silences = [after - before for before, after in zip(told, told[1:], strict=False)]
+    silences = [after - before for before, after in pairwise(told)]
     print(
         f"{workers} workers: {len(killer.killed)} kills in {told[-1] - told[0]:.0f} s, "
         f"longest silence {max(silences):.1f} s"
