@@ -75,6 +75,14 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run in that folder.")
     ] = False,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Questions that are run together and written at once: more fill the engine, fewer "
+            "are lost to a kill.",
+            show_default="64",
+        ),
+    ] = None,
     engine: Annotated[
         str, typer.Option(help="local: this process; ray: several, here or on a cluster.")
     ] = "local",
@@ -204,6 +212,7 @@ def run(
         centre=centre,
         reach=reach,
         unrelated=UNRELATED if unrelated is None and model is None else unrelated,
+        block_size=block_size,
         storage=storage,
     )
     tuning = config.tuning
