@@ -181,6 +181,7 @@ class _Kept(Protocol):
     done: set[tuple[str, str]]
     detailed: set[str]
     lent: dict[str, int]
+    resumed: bool
 
     def add(self, made: Made) -> None: ...
 
@@ -202,6 +203,7 @@ class _Memory:
         self.done: set[tuple[str, str]] = set()
         self.detailed: set[str] = set()
         self.lent: dict[str, int] = {}
+        self.resumed = False
         self._records: list[Result] = []
         self._details: list[Detail] = []
         self._failures: list[Failure] = []
@@ -372,7 +374,9 @@ class _Loop:
         found = {pair: own for pair, own in tuned.items() if own is not None}
         if self._config.storage is not None:
             for (name, arm), own in found.items():
-                export_tuned(own, self._config.storage, f"{name}/{arm}", replace=self.found > 0)
+                # who was killed may have handed it over without having kept its result
+                resumed = self._kept.resumed
+                export_tuned(own, self._config.storage, f"{name}/{arm}", replace=resumed)
         plans = {pair: own.plan for pair, own in found.items()}
         self._kept.add(Made(plans, solved.details, solved.failures, records))
         self.prepared |= {name for name, _ in solved.pairs}

@@ -72,7 +72,7 @@ class RunFolder:
     `identity` is what is run. `existing` says what becomes of an earlier run there: "refuse",
     "resume" (what is done stays) or "overwrite". `done` are the (question, arm) with a result,
     `detailed` the questions whose details are settled: there, or a failure that lasts; `lent` what
-    `keep_lent` kept, if it did.
+    `keep_lent` kept, if it did; `resumed` tells whether this run was begun there before.
 
     Raises:
         OutputError: if it cannot be made or written, holds files but no run, holds one that is to
@@ -90,6 +90,7 @@ class RunFolder:
         self.done: set[tuple[str, str]] = set()
         self.detailed: set[str] = set()
         self.lent: dict[str, int] = {}
+        self.resumed = False
         self._lock = self._locked()
         try:
             self._open(_as_json(identity), existing)
@@ -185,6 +186,7 @@ class RunFolder:
         occupied = require_free(self.path, existing)
         if occupied and existing == "resume":
             _require_same(self.path / RUN, identity)
+            self.resumed = True
         elif existing == "overwrite":
             self._clear()
         (self.path / SUMMARY).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt
 from fusion_lens.questions import Question, load_questions, select_questions
 from fusion_lens.results import load_records, load_results, plan_path
+from fusion_lens.run_folder import RunFolder
 from fusion_lens.search import SearchConfig
 
 QUICK = TuningConfig(
@@ -222,6 +223,27 @@ def test_a_storage_that_cannot_take_the_studies_fails_before_the_work(tiny, tmp_
     broken = dataclasses.replace(config, storage="nonsense")
     with pytest.raises(SearchError, match="the storage must be an Optuna storage URL that can be"):
         run(tiny, QUESTIONS[:1], broken)
+
+
+def test_a_study_of_a_block_that_was_lost_is_replaced(tiny, tmp_path, monkeypatch) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    config = ExperimentConfig(arms=("full",), tuning=QUICK, storage=url, reach=False)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, QUESTIONS[:1], config, out=tmp_path / "run")
+    assert optuna.get_all_study_names(url) == ["a/full"]
+    results = run(tiny, QUESTIONS[:1], config, out=tmp_path / "run", existing="resume")
+    assert (len(results.records), results.summary["resumed"]) == (1, 0)
+    study = optuna.load_study(study_name="a/full", storage=url)
+    assert len(study.trials) == QUICK.search.trials
+    # of another run it is not
+    with pytest.raises(SearchError, match="the study 'a/full' must be new"):
+        run(tiny, QUESTIONS[:1], config, out=tmp_path / "other", existing="resume")
 
 
 def test_another_seed_gives_other_coefficients(tiny, finished) -> None:

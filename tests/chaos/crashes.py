@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusion_lens.details import read_detail
+from fusion_lens.durable import PART
 from fusion_lens.json_lines import read_whole_lines
 from fusion_lens.plan_files import load_plan
 from fusion_lens.results import load_results, plan_path, read_result
@@ -96,12 +97,15 @@ class Nursery:
         """A run that nothing disturbs."""
         return self.child(scenario, folder, existing).ended()
 
-    def traced(self, scenario: str, folder: Path, existing: str = "refuse") -> list[Point]:
-        """Every call that an undisturbed run makes on files of its folder, in order."""
+    def traced(
+        self, scenario: str, folder: Path, existing: str = "refuse", *more: str
+    ) -> list[Point]:
+        """Every call of `CALLS` and `more` that an undisturbed run makes on files of its folder, in
+        order."""
         log = self._folder / "trace"
         child = self.child(scenario, folder, existing)
         # not every machine has all of these calls
-        traced = ",".join(f"?{call}" for call in CALLS)
+        traced = ",".join(f"?{call}" for call in (*CALLS, *more))
         with _attached(child.pid, "-y", "-s0", f"-o{log}", "-e", f"trace={traced}"):
             assert child.ended() == (0, "")
         return _points(log.read_text("utf-8"), folder)
@@ -199,6 +203,34 @@ def mounted(script: str) -> Iterator[Path | str]:
         holder.communicate(timeout=_PATIENCE)
 
 
+def late(points: Iterable[Point], there: set[str]) -> list[tuple[Point, set[str]]]:
+    """Calls that change files while earlier changes of others, or of names, may not be on the disk
+    yet; with those. `there` are the names in the folder before."""
+    found = []
+    contents: set[str] = set()
+    names: set[str] = set()
+    for call, n, file, returned in points:
+        own = file.removesuffix(PART)
+        if call == "fsync":
+            contents.discard(file)
+            names -= {name for name in names if str(Path(name).parent) == file}
+            continue
+        waiting = {name for name in contents | names if name.removesuffix(PART) != own}
+        if call == "rename":
+            waiting |= contents & {file}
+            there -= {file}
+        if call in ("write", "ftruncate", "rename") and waiting:
+            found.append((Point(call, n, file, returned), waiting))
+        if call in ("write", "ftruncate"):
+            contents.add(file)
+        elif call in ("rename", "unlink"):
+            names.add(own)
+        elif file not in there and file != ".":
+            there.add(file)
+            names.add(file)
+    return found
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """All that a run leaves in its folder, but for times and what is of its process alone."""
     files: dict[str, Any] = {
@@ -256,12 +288,15 @@ def _points(log: str, folder: Path) -> list[Point]:
     counted: Counter[str] = Counter()
     points = []
     for line in log.splitlines():
-        found = re.match(r"(\w+)\(.*= (\d+)$", line)
+        found = re.match(r"(\w+)\(.*= (-?\d+)", line)
         if found is None:
             # the last is how the process ended
             continue
         call = found[1]
+        # one that fails counts, and changes nothing
         counted[call] += 1
+        if found[2].startswith("-"):
+            continue
         names = re.findall(rf"{re.escape(str(folder))}(?:/([^>\"]*))?[>\"]", line)
         if names:
             points.append(Point(call, counted[call], names[0] or ".", int(found[2])))
