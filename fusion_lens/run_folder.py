@@ -27,7 +27,6 @@ from fusion_lens.details import DETAILS, Detail, load_details, read_detail
 from fusion_lens.durable import PART, cut, replace_file, sync_folder
 from fusion_lens.errors import InputFileError, OutputError, ResumeError, one_of
 from fusion_lens.json_lines import (
-    NOT_JSON,
     Whole,
     append_lines,
     read_whole_lines,
@@ -46,6 +45,7 @@ from fusion_lens.results import (
     read_result,
     save_summary,
 )
+from fusion_lens.typed_json import parsed, typed
 
 RUN = "run.json"
 FAILURES = "failures.jsonl"
@@ -261,8 +261,8 @@ def _read(path: Path, make: Any) -> Whole:
     return read_whole_lines(path, make, noun="a line of a run")
 
 
-def _failure(content: Mapping[str, Any]) -> Failure:
-    return Failure(**content)
+def _failure(content: Any) -> Failure:
+    return typed(Failure, content)
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,8 +280,8 @@ def _require_same(path: Path, identity: Mapping[str, Any]) -> None:
             "an older version; replace it (overwrite, --overwrite)."
         )
     try:
-        was = json.loads(path.read_bytes())
-    except NOT_JSON as error:
+        was = parsed(path.read_bytes())
+    except ValueError as error:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(was, dict):
         raise InputFileError(path, f"must be a JSON object, but got {type(was).__name__}")
