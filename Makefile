@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
+SECONDS_OF_FUZZING ?= 600
 
-.PHONY: run test chaos chaos-ray test-pages docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray soak clean
+.PHONY: run test chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -23,6 +24,14 @@ chaos-ray: $(STAMP)
 
 test-pages: $(STAMP) $(DOCS)
 	$(BIN)/python -m pytest -m pages
+
+# SECONDS_OF_FUZZING in all, divided over the readers; atheris where it can be installed, else drawn changes
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]" || echo "no atheris here"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS_OF_FUZZING)
+
+audit: $(STAMP)
+	$(BIN)/python tests/audit.py
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

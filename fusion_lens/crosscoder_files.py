@@ -43,6 +43,7 @@ from fusion_lens.tensor_files import (
     tensor_bytes,
     tensors_digest,
 )
+from fusion_lens.typed_json import parsed, typed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -210,10 +211,8 @@ def _card(
 ) -> Card:
     if written is not None:
         try:
-            content = json.loads(written)
-            tuples = {key: tuple(content[key]) for key in ("layers", "hook_names", "notes")}
-            card = Card(**{**content, **tuples})
-        except (KeyError, TypeError, ValueError) as error:
+            card = typed(Card, parsed(written))
+        except ValueError as error:
             raise DictionaryError(
                 f"its card must be as save_crosscoder writes it, but: {error}"
             ) from error

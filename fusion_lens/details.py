@@ -7,12 +7,12 @@ in, and which tokens it made likelier.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusion_lens.json_lines import read_lines
+from fusion_lens.typed_json import typed
 
 DETAILS = "details.jsonl"
 
@@ -80,6 +80,11 @@ class Detail:
     features: tuple[FeatureShare, ...] = ()
     features_of: str | None = None
 
+    def __post_init__(self) -> None:
+        n_layers = len(self.delta_norms)
+        if not len(self.base_norms) == len(self.generic_share or self.base_norms) == n_layers:
+            raise ValueError(f"norms and shares must be of {n_layers} layers each")
+
     @property
     def relative_norms(self) -> tuple[float, ...]:
         """|h[l] - mu[l]| / |mu[l]| per layer; infinite where the base is 0."""
@@ -99,29 +104,6 @@ def load_details(folder: Path) -> tuple[Detail, ...]:
     return read_lines(path, read_detail, noun="a question's details") if path.is_file() else ()
 
 
-def read_detail(content: Mapping[str, Any]) -> Detail:
-    """That of a line; refuses what is malformed with TypeError, KeyError or ValueError."""
-    share = content["generic_share"]
-    return Detail(
-        question_id=content["question_id"],
-        delta_norms=tuple(content["delta_norms"]),
-        base_norms=tuple(content["base_norms"]),
-        generic_share=None if share is None else tuple(share),
-        captured=_marked(content["captured"]),
-        steered=_marked(content["steered"]),
-        traces=tuple(
-            Trace(
-                each["arm"],
-                tuple(each["tokens"]),
-                tuple(each["steered"]),
-                tuple(each["unsteered"]),
-            )
-            for each in content["traces"]
-        ),
-        features=tuple(FeatureShare(**each) for each in content["features"]),
-        features_of=content["features_of"],
-    )
-
-
-def _marked(content: Mapping[str, Any]) -> Marked:
-    return Marked(tuple(content["tokens"]), tuple(content["marked"]))
+def read_detail(content: Any) -> Detail:
+    """That of a line; refuses what is malformed with ValueError."""
+    return typed(Detail, content)

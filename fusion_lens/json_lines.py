@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fusion_lens.durable import append_to, replace_file
 from fusion_lens.errors import InputFileError
+from fusion_lens.typed_json import parsed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -112,7 +113,7 @@ def _read(path: Path, make: Callable[[Any], Any]) -> list[_Line]:
     for line in lines:
         end += len(line) + 1
         try:
-            read.append(_Line(make(json.loads(_checked(line))), None, end))
+            read.append(_Line(make(parsed(_checked(line))), None, end))
         except (*NOT_JSON, TypeError, KeyError) as error:
             read.append(_Line(None, str(error), end))
     if rest:

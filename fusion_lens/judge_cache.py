@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 from fusion_lens.errors import InputFileError, OutputError
+from fusion_lens.typed_json import parsed
 
 _BEGINNING = b'{"key": "'
 
@@ -52,8 +53,8 @@ class ReplyCache:
 
 def _cached(path: Path, number: int, line: bytes) -> dict[str, str]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parsed(line)
+    except ValueError:
         if line.startswith(_BEGINNING[: len(line)]):
             return {}
         record = None

@@ -126,7 +126,10 @@ def load_model(
             options = {"hf_model": _quantised(source, revision, device, torch_dtype)}
         model = TransformerBridge.boot_transformers(
             source,
-            tokenizer=AutoTokenizer.from_pretrained(source, revision=revision),
+            # left out, it means that transformers asks at the terminal
+            tokenizer=AutoTokenizer.from_pretrained(
+                source, revision=revision, trust_remote_code=False
+            ),
             revision=revision,
             trust_remote_code=False,
             **options,
@@ -155,7 +158,7 @@ def load_text_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with opening(str(name_or_path), local=Path(source).is_dir()):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch_dtype, trust_remote_code=False
         )

@@ -13,18 +13,19 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.durable import replace_file
-from fusion_lens.errors import FusionLensError, PlanError, one_of
+from fusion_lens.errors import FusionLensError, InputFileError, PlanError, one_of
 from fusion_lens.models import ModelIdentity
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step
 from fusion_lens.prompts import Layout
-from fusion_lens.tensor_files import tensor_bytes, tensors_digest
+from fusion_lens.tensor_files import header_of, tensor_bytes, tensors_digest
+from fusion_lens.typed_json import parsed, typed
 
 SCHEMA_VERSION = 2
 
@@ -75,12 +76,12 @@ def load_plan(path: str | Path) -> Plan:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            header = header_of(path, file)
+            tensors = {name: file.get_tensor(name) for name in header.shapes}
+    except (OSError, SafetensorError, InputFileError) as error:
         raise PlanError(f"{path} must be a readable plan file, but: {error}.") from error
     try:
-        return _plan_from(metadata, tensors)
+        return _plan_from(header.metadata, tensors)
     except FusionLensError as error:
         raise PlanError(f"{path} must hold a valid plan, but: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -94,15 +95,16 @@ def _plan_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Pl
         raise PlanError("it has no plan in its metadata; was it written by save_plan?")
     if hashlib.sha256(metadata["plan"].encode()).hexdigest() != metadata.get("sha256"):
         raise PlanError("its metadata does not match their checksum; the file was altered.")
-    content: dict[str, Any] = json.loads(metadata["plan"])
+    content: dict[str, Any] = parsed(metadata["plan"])
     version = content["schema_version"]
     if version not in (1, SCHEMA_VERSION):
         raise PlanError(f"schema_version must be 1 or {SCHEMA_VERSION}, but got {version}.")
     if tensors_digest(tensors) != content["tensors_sha256"]:
         raise PlanError("its tensors do not match their checksum; the file is damaged.")
-    model = ModelIdentity(**content["model"])
+    model = typed(ModelIdentity, content["model"])
     steps = []
-    for n, told in enumerate(content["steps"]):
+    for n, each in enumerate(content["steps"]):
+        told = typed(_Told, each)
         begin = f"steps.{n}."
         own = {
             name.removeprefix(begin): tensor
@@ -129,9 +131,7 @@ def _of_affine(step: Affine) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"kind": "affine", "site": step.site}, tensors
 
 
-def _step_from(
-    told: Mapping[str, Any], tensors: Mapping[str, Tensor], model: ModelIdentity
-) -> Step:
+def _step_from(told: _Told, tensors: Mapping[str, Tensor], model: ModelIdentity) -> Step:
     deltas = Deltas(
         reference=tensors["reference"], base=tensors["base"], layout=_layout(told), model=model
     )
@@ -140,9 +140,7 @@ def _step_from(
     )
 
 
-def _affine_from(
-    told: Mapping[str, Any], tensors: Mapping[str, Tensor], model: ModelIdentity
-) -> Affine:
+def _affine_from(told: _Told, tensors: Mapping[str, Tensor], model: ModelIdentity) -> Affine:
     return Affine(
         site=told["site"],
         scale=tensors["scale"],
@@ -155,12 +153,13 @@ def _affine_from(
     )
 
 
-def _shared(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _shared(told: _Told, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     gate = None
-    if told.get("gate") is not None:
-        gate = Gate(kind=told["gate"], **{name: tensors[f"gate.{name}"] for name in _GATE})
+    kind = told.get("gate")
+    if kind is not None:
+        gate = Gate(kind=kind, **{name: tensors[f"gate.{name}"] for name in _GATE})
     return {
-        "segments": tuple(Segment(**segment) for segment in told["segments"]),
+        "segments": tuple(told["segments"]),
         "coeffs": tuple(told["coeffs"]),
         "positions": told["positions"],
         "steer_special": told["steer_special"],
@@ -168,8 +167,31 @@ def _shared(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def _layout(told: Mapping[str, Any]) -> Layout:
-    return Layout(told["layout"]["length"], tuple(told["layout"]["special"]))
+def _layout(told: _Told) -> Layout:
+    layout = told["layout"]
+    if not all(0 <= number < _LONGEST for number in (layout.length, *layout.special)):
+        raise PlanError(
+            f"a prompt's length and positions must lie in [0, {_LONGEST}), but got {layout}."
+        )
+    return layout
+
+
+class _Told(TypedDict):
+    """A step as its file tells it; what is not required is of some kinds of step."""
+
+    segments: list[Segment]
+    coeffs: list[float]
+    positions: str | int
+    steer_special: bool
+    layout: Layout
+    kind: NotRequired[str]
+    mean: NotRequired[str]
+    site: NotRequired[str]
+    gate: NotRequired[str | None]
+
+
+_LONGEST = 2**24
+"""Tokens. A prompt's length is used for tensors, and nothing else in the file bounds it."""
 
 
 _GATE = ("theta", "bias", "open")

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from fusion_lens.details import Detail, load_details
 from fusion_lens.durable import replace_text
 from fusion_lens.errors import InputFileError, MissingExtraError
-from fusion_lens.json_lines import NOT_JSON, read_lines
+from fusion_lens.json_lines import read_lines
 from fusion_lens.models import ModelIdentity
 from fusion_lens.report import sections
 from fusion_lens.scores import ACCURATE
+from fusion_lens.summary_layout import require_layout
+from fusion_lens.typed_json import parsed, typed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,11 +223,15 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def plan_path(folder: Path, question_id: str, arm: str) -> Path:
-    """Where a question's plan of one arm lies; ids are made safe for a file name."""
-    safe = re.sub(r"[^\w.-]", "_", question_id).lstrip(".")[:50]
-    if safe != question_id:  # "a/b" and "a_b" must not share a file
-        safe += f"-{hashlib.sha256(question_id.encode()).hexdigest()[:8]}"
-    return folder / "plans" / f"{safe}.{arm}.safetensors"
+    """Where a question's plan of one arm lies; ids and arms are made safe for a file name."""
+    return folder / "plans" / f"{_file_name(question_id)}.{_file_name(arm)}.safetensors"
+
+
+def _file_name(text: str) -> str:
+    safe = re.sub(r"[^\w.-]", "_", text).lstrip(".")[:50]
+    if safe != text:  # "a/b" and "a_b" must not share a file
+        safe += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return safe
 
 
 def load_results(folder: str | Path) -> Results:
@@ -237,11 +243,15 @@ def load_results(folder: str | Path) -> Results:
     path = Path(folder) / SUMMARY
     text = _text(path)
     try:
-        summary = json.loads(text)
-    except NOT_JSON as error:
+        summary = parsed(text)
+    except ValueError as error:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
         raise InputFileError(path, f"schema_version must be {SCHEMA_VERSION}")
+    try:
+        require_layout(summary)
+    except ValueError as error:
+        raise InputFileError(path, f"must be the summary of a run: {error}") from error
     folder = Path(folder)
     return Results(load_records(folder / RESULTS), Summary(summary), load_details(folder))
 
@@ -256,8 +266,8 @@ def load_records(path: Path) -> tuple[Result, ...]:
 
 
 def read_result(content: Any) -> Result:
-    """That of a line; refuses what is malformed with TypeError."""
-    return Result(**content)
+    """That of a line; refuses what is malformed with ValueError."""
+    return typed(Result, content)
 
 
 def _text(path: Path) -> str:

@@ -28,7 +28,6 @@ from fusion_lens.details import DETAILS, Detail, load_details, read_detail
 from fusion_lens.durable import PART, cut, make_folder, replace_file, sync_file, sync_folder
 from fusion_lens.errors import InputFileError, OutputError, ResumeError, one_of
 from fusion_lens.json_lines import (
-    NOT_JSON,
     Whole,
     append_lines,
     read_whole_lines,
@@ -47,6 +46,7 @@ from fusion_lens.results import (
     read_result,
     save_summary,
 )
+from fusion_lens.typed_json import parsed, typed
 
 RUN = "run.json"
 FAILURES = "failures.jsonl"
@@ -285,8 +285,8 @@ def _read(path: Path, make: Any) -> Whole:
     return read_whole_lines(path, make, noun="a line of a run")
 
 
-def _failure(content: Mapping[str, Any]) -> Failure:
-    return Failure(**content)
+def _failure(content: Any) -> Failure:
+    return typed(Failure, content)
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,8 +321,8 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except NOT_JSON as error:
+        content = parsed(path.read_bytes())
+    except ValueError as error:
         raise InputFileError(path, f"must be JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputFileError(path, f"must be a JSON object, but got {type(content).__name__}")

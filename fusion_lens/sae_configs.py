@@ -7,6 +7,7 @@ itself would encode without a scale that was never folded in, and say nothing. K
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ T = TypeVar("T")
 OWN_ARCHITECTURES = ("standard", "topk", "jumprelu")
 ARCHITECTURES = (*OWN_ARCHITECTURES, "gated", "abstopk", "matching_pursuit")
 
+_MAJOR = re.compile(r"[0-9]{1,4}(?![0-9])")
 _NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
 _UNFOLDED = {
     "expected_average_only_in": "the average scale is not in the file",
@@ -111,8 +113,8 @@ def require_dictionary(config: Mapping[str, Any], *, name: str) -> None:
 
 def is_current(config: Mapping[str, Any]) -> bool:
     """Whether sae-lens 6 or later wrote it; before, `metadata` stood at the top level."""
-    major = str(metadata_of(config).get("sae_lens_version", "")).split(".")[0]
-    return major.isdigit() and int(major) >= 6
+    found = _MAJOR.match(str(metadata_of(config).get("sae_lens_version", "")))
+    return found is not None and int(found[0]) >= 6
 
 
 def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +127,18 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise DictionaryError(f"metadata must be a JSON object, but got {metadata!r}.")
     return metadata
+
+
+def flag(config: Mapping[str, Any], key: str, *, absent: bool) -> bool:
+    """What a config says under `key`, `absent` where it says nothing.
+
+    Raises:
+        DictionaryError: if it is no truth value.
+    """
+    value = config.get(key, absent)
+    if not isinstance(value, bool):
+        raise DictionaryError(f"{key} must be true or false, but got {value!r}.")
+    return value
 
 
 def _size(config: Mapping[str, Any], key: str, name: str) -> int:

@@ -24,7 +24,7 @@ from fusion_lens.dictionaries import Card, Encoded, checked_input
 from fusion_lens.durable import replace_text
 from fusion_lens.errors import DictionaryError, InputFileError
 from fusion_lens.models import ModelIdentity
-from fusion_lens.sae_configs import OWN_ARCHITECTURES, is_current, metadata_of, read_card
+from fusion_lens.sae_configs import OWN_ARCHITECTURES, flag, is_current, metadata_of, read_card
 from fusion_lens.tensor_files import (
     Header,
     read_config,
@@ -189,10 +189,10 @@ def load_sae_folder(folder: str | Path, *, device: str = "cpu") -> FileSAE:
         card,
         **read_weights(folder, config, lambda header: shapes, device=device),
         normalisation=config.get("normalize_activations", "none"),
-        apply_b_dec_to_input=_flag(config, "apply_b_dec_to_input", absent=True),
+        apply_b_dec_to_input=flag(config, "apply_b_dec_to_input", absent=True),
         k=_k(config, d_sae) if architecture == "topk" else None,
         rescale_by_decoder_norm=architecture == "topk"
-        and _flag(config, "rescale_acts_by_decoder_norm", absent=False),
+        and flag(config, "rescale_acts_by_decoder_norm", absent=False),
     )
 
 
@@ -251,10 +251,3 @@ def _k(config: Mapping[str, Any], d_sae: int) -> int:
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
         raise DictionaryError(f"k must be an integer of 1 to d_sae = {d_sae}, but got {k!r}.")
     return k
-
-
-def _flag(config: Mapping[str, Any], key: str, *, absent: bool) -> bool:
-    flag = config.get(key, absent)
-    if not isinstance(flag, bool):
-        raise DictionaryError(f"{key} must be true or false, but got {flag!r}.")
-    return flag

@@ -29,6 +29,7 @@ from fusion_lens.errors import (
 )
 from fusion_lens.sae_configs import (
     OWN_ARCHITECTURES,
+    flag,
     is_current,
     read_card,
     require_dictionary,
@@ -44,6 +45,8 @@ from fusion_lens.sae_files import (
 from fusion_lens.tensor_files import read_config, require_finite
 
 READERS = ("auto", "own", "sae-lens")
+
+_FLAGS = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
 
 
 @final
@@ -138,8 +141,11 @@ def _from_folder(folder: Path, device: str) -> SaeLensSAE:
     name = folder.resolve().name
     if is_current(config):
         require_dictionary(config, name=name)
-    # sae-lens would load NaN as it is
-    read_weights(folder, config, lambda header: header.shapes, device="cpu")
+        for key in _FLAGS:
+            flag(config, key, absent=False)
+    # sae-lens would make room for whatever size the config says, and load NaN as it is
+    size: dict[str, Any] = {"W_dec": (config.get("d_sae"), config.get("d_in"))}
+    read_weights(folder, config, lambda header: {**header.shapes, **size}, device="cpu")
     with _quiet():
         try:
             sae = from_disk(folder, device=device, dtype="float32")

@@ -8,7 +8,6 @@ or `save_crosscoder` wrote, or RELEASE/ID as sae-lens names it. Labels lie besid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from fusion_lens.feature_labels import published_labels
 from fusion_lens.models import HookedModel
 from fusion_lens.saes import load_sae
 from fusion_lens.teacher_forcing import Text
+from fusion_lens.typed_json import parsed
 
 SHIPPED = {"atlas-sae": "sae_layer_*", "atlas-crosscoder": "crosscoder"}
 LABELS = "labels.json"
@@ -114,13 +114,13 @@ def read_labels(folder: Path) -> dict[int, Label]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed(path.read_text(encoding="utf-8"))
         return {
             feature: _label(row)
             for feature, row in enumerate(_rows(content))
             if row["label"] is not None
         }
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(path, f"must hold labels of features: {error!r}") from error
 
 

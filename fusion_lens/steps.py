@@ -194,9 +194,8 @@ class Affine:
     def __post_init__(self) -> None:
         one_of("site", self.site, SITES)
         _check_positions(self.positions)
-        check_segments(self.segments, self.coeffs, self.model.n_layers)
-        width = self.shift.shape[-1] if self.site == "attn_z" else self.model.d_model
-        shape = (self.model.n_layers, width)
+        widths = self.shift.shape[-1:] if self.site == "attn_z" else (self.model.d_model,)
+        shape = (self.model.n_layers, *widths)
         _check_tensor("an affine step's shift", self.shift, shape)
         _check_tensor("an affine step's scale", self.scale, shape, self.shift.dtype)
         for name in ("low", "high"):
@@ -204,6 +203,7 @@ class Affine:
             if bound is not None:
                 _check_tensor(f"an affine step's {name}", bound, shape, self.shift.dtype, "NaN")
         _check_gate(self.gate, shape)
+        check_segments(self.segments, self.coeffs, self.model.n_layers)
         coeffs = self._layer_coeffs
         for name in ("scale", "shift"):
             if not bool(torch.isfinite(coeffs * getattr(self, name)).all()):
@@ -297,7 +297,7 @@ def _check_positions(positions: str | int) -> None:
         )
 
 
-def _check_gate(gate: Gate | None, shape: tuple[int, int]) -> None:
+def _check_gate(gate: Gate | None, shape: tuple[int, ...]) -> None:
     if gate is not None:
         _check_tensor("a gate's theta", gate.theta, shape)
 

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fusion_lens.errors import InputFileError
+from fusion_lens.typed_json import parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         InputFileError: if the file cannot be read or holds anything else.
     """
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        # other programs write these, and NaN among what is not read
+        content = parsed(Path(path).read_text("utf-8"), finite=False)
     except OSError as error:
         raise InputFileError(path, f"it must be readable, but: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputFileError(path, f"it must be JSON, but: {error}") from error
     if not isinstance(content, dict):
         raise InputFileError(path, f"it must be a JSON object, but got {type(content).__name__}")
@@ -61,16 +63,27 @@ def read_tensors(
     """
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            header = Header(
-                shapes={name: tuple(part.get_shape()) for name, part in slices.items()},
-                metadata=file.metadata() or {},
-            )
+            header = header_of(path, file)
             _require(path, header, expect(header))
-            tensors = {name: file.get_tensor(name) for name in slices}
+            tensors = {name: file.get_tensor(name) for name in header.shapes}
     except (OSError, SafetensorError) as error:
         raise InputFileError(path, f"it must be a whole safetensors file, but: {error}") from error
     return header, in_float32(tensors)
+
+
+def header_of(path: str | Path, file: Any) -> Header:
+    """What an opened safetensors file says it holds.
+
+    Raises:
+        InputFileError: if a tensor has no numbers: nothing binds its other sizes, which may be
+            beyond all memory.
+    """
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    for name, shape in shapes.items():
+        if 0 in shape:
+            raise InputFileError(path, f"{name} must hold numbers, but its shape is {shape}")
+    return Header(shapes, file.metadata() or {})
 
 
 def in_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

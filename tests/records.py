@@ -13,7 +13,7 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.details import DETAILS, Detail, FeatureShare, Marked, Trace
 from fusion_lens.json_lines import replace_lines
 from fusion_lens.models import ModelIdentity
-from fusion_lens.prompts import Layout
+from fusion_lens.prompts import Layout, Template
 from fusion_lens.results import (
     RESULTS,
     SCHEMA_VERSION,
@@ -142,6 +142,7 @@ def summary(**arms: dict[str, Any]) -> dict[str, Any]:
             "model": "tiny",
             "settings": {
                 "tuning": {
+                    "template": asdict(Template()),
                     "generation": {"slots": 64, "cache_length": 96},
                     "metrics": "completion",
                 },

@@ -11,6 +11,7 @@ from typing import Any
 from records import LOVELACE, arm, interval, summary
 
 from fusion_lens.details import Detail, FeatureShare, Marked, Trace
+from fusion_lens.prompts import Template
 from fusion_lens.results import SCHEMA_VERSION, Provenance, Result, Results, Summary
 
 ARMS = (
@@ -49,7 +50,11 @@ def provenance(**more: Any) -> dict[str, Any]:
         settings={
             "arms": list(ARMS),
             "segments": "thirds",
-            "tuning": {"generation": {"slots": 64, "cache_length": 96}, "metrics": "completion"},
+            "tuning": {
+                "template": asdict(Template()),
+                "generation": {"slots": 64, "cache_length": 96},
+                "metrics": "completion",
+            },
             "perplexity_model": None,
         },
         versions={"python": "3.11.7", "fusion-lens": "0.1.0", "torch": "2.13.0"},

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 from crosscoders import FILE, LAYERS, D, F, L, Layout, inputs, layout, made, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
 from fusion_lens.crosscoders import make_normaliser
 from fusion_lens.errors import ConfigError, DictionaryError, InputFileError, OutputError
+from fusion_lens.tensor_files import in_float32, tensors_digest
 
 
 @pytest.mark.parametrize(
@@ -230,3 +234,28 @@ def test_a_place_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="must be writable, but got: "):
         save_crosscoder(made(), tmp_path / "file" / "cc")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda card: card.update(d_model=12.0), "d_model must be int, but got 12.0"),
+        (lambda card: card.update(hook_names="abc"), r"hook_names must be tuple\[str, \.\.\.\]"),
+        (lambda card: card.update(layers=[0, 2, "3"]), r"layers\[2\] must be int, but got '3'"),
+        (lambda card: card.update(name={"a": [[]]}), "name must be str, but got dict"),
+        (lambda card: card.update(name=json.loads("[" * 60 + "]" * 60)), "nested at most 50 deep"),
+    ],
+)
+def test_a_card_of_other_types_is_refused_also_with_a_right_checksum(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    save_crosscoder(made(), tmp_path)
+    path = tmp_path / FILE
+    with safe_open(path, framework="pt") as file:
+        card = json.loads(file.metadata()["fusion_lens"])
+    change(card)
+    text, tensors = json.dumps(card), load_file(path)
+    digest = hashlib.sha256(f"{text}{tensors_digest(in_float32(tensors))}".encode()).hexdigest()
+    save_file(tensors, path, {"fusion_lens": text, "sha256": digest})
+    with pytest.raises(DictionaryError, match=message):
+        load_crosscoder(tmp_path)

@@ -46,6 +46,11 @@ def test_a_trace_without_a_log_probability_for_every_token_is_refused() -> None:
         lambda own: own["traces"][0].update(steered=[]),
         lambda own: own["features"][0].update(colour="red"),
         lambda own: own.update(delta_norms=None),
+        lambda own: own.update(delta_norms=["a"]),
+        lambda own: own.update(base_norms=[1.0, 2.0]),
+        lambda own: own.update(generic_share=[1.0, 2.0]),
+        lambda own: own["steered"].update(tokens="Who"),
+        lambda own: own.update(question_id="\ud800"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, change) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(fusion_lens.__file__).parent
 # a module may import the rows above its own, and no module of its own row
 LAYERS = (
     {"errors", "operators", "progress", "differences", "stopping"},
-    {"durable", "memory"},
+    {"durable", "memory", "typed_json"},
     {"json_lines"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
@@ -36,7 +36,7 @@ LAYERS = (
     {"slots", "batches", "search", "divergence"},
     {"generation", "graders", "likelihood", "details"},
     {"preparation", "statistics"},
-    {"report", "fronts"},
+    {"report", "fronts", "summary_layout"},
     {"results"},
     {"run_folder"},
     {"scoring"},
@@ -78,7 +78,7 @@ ATLAS_USERS = {
     "cli_inputs": {"atlas"},
     "recipes": {"atlas"},
 }
-ATLAS_KNOWS = {"errors", "scores", "questions", "contrasts"}
+ATLAS_KNOWS = {"errors", "typed_json", "scores", "questions", "contrasts"}
 # its dictionaries are made and judged on the hook points
 DICTIONARY_MAKERS = {
     "atlas.crosscoder_weights",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from fusion_lens.plans import (
     per_layer,
 )
 from fusion_lens.prompts import Layout
+from fusion_lens.tensor_files import tensors_digest
 
 DATA = Path(__file__).parent / "data"
 
@@ -214,8 +217,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_plan_with_a_valid_checksum_but_wrong_content_is_refused(
     plan: Plan, tmp_path: Path
 ) -> None:
-    import hashlib
-
     path = tmp_path / "plan.safetensors"
     save_plan(plan, path)
     with safe_open(path, framework="pt") as file:
@@ -236,10 +237,14 @@ def test_a_plan_with_a_valid_checksum_but_wrong_content_is_refused(
         ),
         ('"kind": "deltas"', '"kind": "affine"', "as save_plan writes it, but: KeyError 'site'"),
         ('"kind": "deltas"', '"gate": "relu", "kind": "deltas"', "but: KeyError 'gate.theta'"),
-        ('"positions": "completion"', '"positions": true', "positions must be one of .* got True"),
+        (
+            '"positions": "completion"',
+            '"positions": true',
+            r"positions must be str \| int, but got True",
+        ),
         ('"positions": "completion"', '"positions": -1', "positions must be one of .* got -1"),
         ('"positions": "completion"', '"positions": "3"', "positions must be one of .* got '3'"),
-        ('"segments"', '"parts"', "must hold a plan as save_plan writes it, but: KeyError"),
+        ('"segments"', '"parts"', "save_plan writes it, but: ValueError segments must be there"),
     ):
         changed = content.replace(old, new)
         assert changed != content
@@ -253,3 +258,109 @@ def test_a_place_that_cannot_be_written_is_one_error(plan: Plan, tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"must be writable, but got: .*; choose another place"):
         save_plan(plan, tmp_path / "file" / "plan.safetensors")
+
+
+def altered(
+    path: Path, change: Callable[[dict[str, Any]], object], **tensors: torch.Tensor
+) -> None:
+    """Change what a plan's file tells, with right checksums, and tensors of it."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["plan"])
+        own = {name: file.get_tensor(name) for name in file.keys()} | tensors  # noqa: SIM118
+    change(content)
+    content["tensors_sha256"] = tensors_digest(own)
+    text = json.dumps(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_file(own, path, metadata={"plan": text, "sha256": digest})
+
+
+def first_step(content: dict[str, Any]) -> dict[str, Any]:
+    step: dict[str, Any] = content["steps"][0]
+    return step
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(n_layers="4"), "n_layers must be int, but got '4'"),
+        (lambda c: c["model"].update(d_model=32.0), "d_model must be int, but got 32.0"),
+        (
+            lambda c: c["model"].update(n_layers=10**12),
+            r"must have the shape \(1000000000000, 32\)",
+        ),
+        (
+            lambda c: first_step(c).update(coeffs=[10**400, 0, 0]),
+            r"coeffs\[0\] must be float, but got 1",
+        ),
+        (
+            lambda c: first_step(c).update(coeffs="abc"),
+            r"coeffs must be list\[float\], but got 'abc'",
+        ),
+        (lambda c: first_step(c).update(steer_special=1), "steer_special must be bool, but got 1"),
+        (
+            lambda c: first_step(c)["segments"][0].update(start=0.0),
+            r"segments\[0\]\.start must be int, but got 0.0",
+        ),
+        (
+            lambda c: first_step(c)["layout"].update(special=[[0]]),
+            r"layout\.special\[0\] must be int, but got list",
+        ),
+        (
+            lambda c: first_step(c)["layout"].update(length=10**12),
+            r"a prompt's length and positions must lie in \[0, 16777216\), but got Layout",
+        ),
+        (lambda c: first_step(c)["layout"].update(special=[-1]), r"must lie in \[0, 16777216\)"),
+        (lambda c: c.update(steps=[None]), "it must be _Told, but got None"),
+    ],
+)
+def test_what_a_plan_says_of_itself_is_checked_before_it_is_used(
+    plan: Plan, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = tmp_path / "plan.safetensors"
+    save_plan(plan, path)
+    altered(path, change)
+    with pytest.raises(PlanError, match=message):
+        load_plan(path)
+
+
+def test_brackets_without_end_in_a_plan_are_refused(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    save_plan(plan, path)
+    for text in ("[" * 100_000, '{"a":' * 60 + "1" + "}" * 60):
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        save_file({"w": torch.ones(1)}, path, metadata={"plan": text, "sha256": digest})
+        with pytest.raises(PlanError, match=r"ValueError (maximum recursion|brackets must be nes)"):
+            load_plan(path)
+
+
+def test_an_affine_step_without_axes_or_with_absurd_layers_is_refused_at_once(
+    tiny, tmp_path: Path
+) -> None:
+    """Segments over 10**12 layers would be gone through one by one."""
+    path = tmp_path / "plan.safetensors"
+    model = ModelIdentity("m", "TransformerBridge", "unprocessed", 2, 3, "float32", "w", "e")
+    grid = torch.arange(6.0).view(2, 3)
+    whole = even_segments(2, 1)
+    affine = Affine("attn_z", grid, grid, whole, (1.0,), model=model, layout=Layout(3, ()))
+    save_plan(Plan((affine,)), path)
+
+    def widen(content: dict[str, Any]) -> None:
+        content["model"]["n_layers"] = first_step(content)["segments"][0]["stop"] = 10**12
+
+    altered(path, widen)
+    with pytest.raises(PlanError, match=r"shift must have the shape \(1000000000000, 3\)"):
+        load_plan(path)
+    save_plan(Plan((affine,)), path)
+    points = {f"steps.0.{name}": torch.tensor(1.0) for name in ("shift", "scale")}
+    altered(path, lambda content: None, **points)
+    # the tests check the axes of every tensor; elsewhere the step does
+    with pytest.raises(PlanError, match=r"must have the shape \(2,\), but got \(\)|Type-check"):
+        load_plan(path)
+
+
+def test_a_tensor_without_numbers_is_refused(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    save_plan(plan, path)
+    altered(path, lambda content: None, **{"steps.0.units": torch.zeros(10**9, 0)})
+    with pytest.raises(PlanError, match=r"must hold numbers, but its shape is \(1000000000, 0\)"):
+        load_plan(path)

@@ -6,7 +6,7 @@ import math
 import sys
 import zlib
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from fusion_lens.results import (
     save_summary,
 )
 
-SUMMARY = {"schema_version": 7, "seconds": 1.5}
+SUMMARY = make_results().summary
 
 
 def test_a_run_is_loaded_as_it_was_written(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_run_is_loaded_as_it_was_written(tmp_path: Path) -> None:
     assert load_results(saved(tmp_path / "a" / "run", results)) == results
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(text=st.text() | st.text(alphabet='a\n\r\t\x85\u2028\u2029\x0b\x0c\x1c"\\'))
 def test_a_completion_of_any_letters_and_line_breaks_comes_back(
     tmp_path_factory: pytest.TempPathFactory, text: str
@@ -248,3 +248,49 @@ def test_a_run_shows_its_tables_escaped() -> None:
     console = Console(width=100, file=io.StringIO())
     console.print(results)
     assert "segmented" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("coeffs", None, "coeffs must be dict[str, float], but got None"),
+        ("coeffs", {"early": "1"}, "coeffs.early must be float, but got '1'"),
+        ("question_id", ["a"], "question_id must be str, but got list"),
+        ("completion", "\ud800", "surrogates not allowed"),
+        ("nll", math.inf, "numbers must be finite, but got inf"),
+        ("extra", {"a": [[]]}, "extra.a must be float | int, but got list"),
+    ],
+)
+def test_a_record_with_values_of_other_types_is_named_by_its_line(
+    tmp_path: Path, field: str, value: object, reason: str
+) -> None:
+    """With a checksum of its own: somebody wrote it so."""
+    path = saved(tmp_path) / "results.jsonl"
+    content = json.dumps(asdict(LOVELACE) | {field: value}).encode()
+    path.write_bytes(content[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(content))
+    with pytest.raises(InputFileError) as caught:
+        load_results(tmp_path)
+    assert str(caught.value).startswith(f"{path}, line 1: must be a result: ")
+    assert reason in str(caught.value)
+
+
+def test_a_summary_that_no_table_can_be_made_of_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path) / "summary.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["arms"]["baseline"]["metrics"]["overlap"]["mean"] = "half"
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(InputFileError) as caught:
+        load_results(tmp_path)
+    assert str(caught.value).startswith(
+        f"{path}: must be the summary of a run: arms.baseline.metrics.overlap.mean must be float"
+    )
+
+
+@pytest.mark.parametrize("arm", ["../../etc/x", "/etc/passwd", "..", "a/b", "a\0b", "x" * 400])
+def test_a_plan_lies_in_its_folder_whatever_the_arm(tmp_path: Path, arm: str) -> None:
+    """An arm's name can come from a line of results."""
+    (tmp_path / "plans").mkdir()
+    path = plan_path(tmp_path, "lovelace", arm)
+    path.touch()
+    assert path.resolve().parent == (tmp_path / "plans").resolve()
+    assert path != plan_path(tmp_path, "lovelace", "full")

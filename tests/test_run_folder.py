@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -282,3 +283,46 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         opened(tmp_path / "file" / "run")
     with pytest.raises(OutputError, match="must be writable, but got: "):
         opened(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[" * 60 + "]" * 60, "must be JSON: brackets must be nested at most 50 deep"),
+        (r'{"\ud800": 1}', "must be JSON: 'utf-8' codec can't encode"),
+        ("NaN", "must be JSON: numbers must be finite, but got nan"),
+    ],
+)
+def test_a_run_file_that_could_not_even_be_told_about_is_refused(
+    tmp_path: Path, content: str, reason: str
+) -> None:
+    opened(tmp_path).close()
+    (tmp_path / "run.json").write_text(content, "utf-8")
+    with pytest.raises(InputFileError) as caught:
+        opened(tmp_path, "resume")
+    assert str(caught.value).startswith(f"{tmp_path / 'run.json'}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("failures.jsonl", {"question_id": {"a": 1}}),
+        ("failures.jsonl", {"message": None}),
+        ("results.jsonl", {"arm": ["full"]}),
+        ("results.jsonl", {"coeffs": "\ud800"}),
+    ],
+)
+def test_a_line_of_other_types_is_named_when_a_run_is_continued(
+    tmp_path: Path, name: str, change: dict[str, object]
+) -> None:
+    failure = Failure("lovelace", None, "SpanError", "none")
+    with opened(tmp_path) as run:
+        run.add(made(BOTH, failures=[failure]))
+    path = tmp_path / name
+    line = path.read_bytes().splitlines(keepends=True)[0]
+    content = json.loads(line)
+    del content["crc32"]
+    text = json.dumps(content | change).encode()
+    path.write_bytes(text[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(text) + line)
+    with pytest.raises(InputFileError, match="line 1: must be a line of a run: "):
+        opened(tmp_path, "resume")

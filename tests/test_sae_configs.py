@@ -83,7 +83,11 @@ def test_what_is_no_dictionary_of_one_residual_is_refused_with_the_reason(
 
 @pytest.mark.parametrize(
     ("version", "current"),
-    [("6.0.0", True), ("6.54.12", True), ("10.1", True), ("5.11.0", False), (None, False)],
+    [
+        *(("6.0.0", True), ("6.54.12", True), ("10.1", True), ("5.11.0", False), (None, False)),
+        # what Python calls a digit and does not read as a number, and what it will not read at all
+        *(("²", False), ("٦.1", False), ("9" * 5000, False), ("", False)),
+    ],
 )
 def test_a_config_is_of_today_from_version_6_on(version: str | None, current: bool) -> None:
     assert is_current(config_of(sae_lens_version=version)) is current

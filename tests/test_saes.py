@@ -286,3 +286,22 @@ def test_a_transcoder_of_the_hub_is_refused_before_its_weights_are_fetched(hub: 
     shutil.rmtree(hub / "someone")
     with pytest.raises(DictionaryError, match="fetch, but: ConnectionError the hub is out of re"):
         load_sae("someone/saes/it")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"apply_b_dec_to_input": [[]]},
+            r"apply_b_dec_to_input must be true or false, but got \[\[",
+        ),
+        ({"d_sae": 10**9}, r"W_dec must have the shape \(1000000000, 12\), but got \(32, 12\)"),
+        ({"d_in": 10**400}, r"W_dec must have the shape \(32, 1000"),
+    ],
+)
+def test_what_sae_lens_would_make_room_for_or_trip_over_is_refused_before_it_is_asked(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = edit_config(save_sae(tmp_path / "sae", "gated"), **change)
+    with pytest.raises((DictionaryError, InputFileError), match=message):
+        load_sae(folder)

@@ -125,3 +125,24 @@ def test_the_same_content_is_the_same_bytes_in_every_process(tmp_path: Path) -> 
         assert file.metadata() == metadata
         assert torch.equal(file.get_tensor("b"), tensors["b"])
         assert torch.equal(file.get_tensor("a"), tensors["a"])
+
+
+@pytest.mark.parametrize("shape", [[0], [2**40, 0], [2**64 - 1, 0], [0, 3]])
+def test_a_tensor_without_numbers_is_refused_whatever_its_other_sizes(
+    shape: list[int], tmp_path: Path
+) -> None:
+    header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    content = json.dumps(header).encode()
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(struct.pack("<Q", len(content)) + content)
+    with pytest.raises(InputFileError, match=r"w must hold numbers, but its shape is \("):
+        read(path, w=tuple(shape))
+
+
+def test_a_config_may_hold_what_is_not_finite_but_no_half_of_a_letter(tmp_path: Path) -> None:
+    path = tmp_path / "cfg.json"
+    path.write_text('{"loss": NaN, "k": 1}', "utf-8")
+    assert read_config(path)["k"] == 1
+    path.write_text(r'{"name": "\ud800"}', "utf-8")
+    with pytest.raises(InputFileError, match=r"it must be JSON, but: .* surrogates not allowed"):
+        read_config(path)

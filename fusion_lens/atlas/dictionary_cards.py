@@ -14,6 +14,7 @@ from fusion_lens.dictionaries import Dictionary, fit_to_model
 from fusion_lens.errors import InputFileError
 from fusion_lens.models import HookedModel
 from fusion_lens.sae_files import load_sae_folder
+from fusion_lens.typed_json import parsed
 
 CARD = "card.json"
 CROSSCODER = "crosscoder"
@@ -33,7 +34,7 @@ def load_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputFileError(path, f"it must be a dictionary's card, but: {error}") from error
     if not isinstance(card, dict):

@@ -4,6 +4,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any, TypedDict
+
+from fusion_lens.errors import InputFileError
+from fusion_lens.typed_json import parsed, typed
+
+
+class _Record(TypedDict):
+    step: int
+    tokens: int
+    seconds: float
 
 
 class TrainingLog:
@@ -11,13 +21,14 @@ class TrainingLog:
 
     A run that goes on drops the lines written after the state it starts from. Figures cover the
     steps since the line before; `tokens` counts from the beginning, `seconds` is time at work.
+
+    Raises:
+        InputFileError: if a line of an earlier start is malformed; names it.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._records = [
-            record for record in map(json.loads, lines) if record["step"] <= first_step
-        ]
+        kept = _read(path) if path.exists() else []
+        self._records = [record for record in kept if record["step"] <= first_step]
         self._path = path
         self._step = first_step
         self._tokens: int = self._records[-1]["tokens"] if self._records else 0
@@ -50,3 +61,18 @@ class TrainingLog:
         text = "".join(json.dumps(each) + "\n" for each in self._records)
         self._path.write_text(text, encoding="utf-8")
         print("  ".join(f"{key} {value}" for key, value in record.items()), flush=True)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputFileError(path, f"must be readable: {error.strerror}") from error
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append({**typed(_Record, parsed(line))})
+        except ValueError as error:
+            reason = f"must be a line of a training log: {error}"
+            raise InputFileError(path, reason, number) from error
+    return records

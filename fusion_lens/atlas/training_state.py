@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fusion_lens.errors import ConfigError
+from fusion_lens.errors import ConfigError, InputFileError
+from fusion_lens.typed_json import parsed, typed
 
 
 def save_state(
@@ -49,25 +50,66 @@ def load_state(
 
     Raises:
         ConfigError: if the state was made with another configuration.
+        InputFileError: if the file is damaged, or of another model or other optimisers.
     """
     if not path.exists():
         return 0
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if json.loads(header["config"]) != config:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step, made_with = typed(int, parsed(header["step"])), parsed(header["config"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = f"must be the whole state of a training run, but: {error!r}"
+        raise InputFileError(path, reason) from error
+    if made_with != config:
         raise ConfigError(
             f"a run must go on with the configuration it began with, but {path} has "
             f"{header['config']} and this run {json.dumps(config)}; use an empty folder."
         )
+    weights = dict(model.named_parameters())
+    for name, own in weights.items():
+        _require(path, tensors, f"model/{name}", own)
+    moments: list[dict[int, dict[str, torch.Tensor]]] = []
+    for number, optimizer in enumerate(optimizers):
+        parameters = [own for group in optimizer.param_groups for own in group["params"]]
+        moments.append({})
+        for index, own in enumerate(parameters):
+            begin = f"optimizer/{number}/{index}/"
+            for name in _MOMENTS[type(optimizer)]:
+                like = own.new_zeros((), dtype=torch.float32) if name == "step" else own
+                moment = _require(path, tensors, begin + name, like)
+                if name == "step" and float(moment) != step:
+                    reason = f"{begin}step must be {step} as in the header, but is {moment}"
+                    raise InputFileError(path, reason)
+                moments[number].setdefault(index, {})[name] = moment
     with torch.no_grad():
-        for name, weights in model.named_parameters():
-            weights.copy_(tensors[f"model/{name}"])
-    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer/"):
-            _, number, index, name = key.split("/")
-            moments[int(number)].setdefault(int(index), {})[name] = tensor
+        for name, own in weights.items():
+            own.copy_(tensors[f"model/{name}"])
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(header["step"])
+    return step
+
+
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+
+
+def _require(
+    path: Path, tensors: dict[str, torch.Tensor], name: str, like: torch.Tensor
+) -> torch.Tensor:
+    """The tensor of a name, which must be as `like` is."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise InputFileError(path, f"must hold {name}, but does not; begin in an empty folder")
+    if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        raise InputFileError(
+            path,
+            f"{name} must be {like.dtype} of {tuple(like.shape)}, "
+            f"but is {tensor.dtype} of {tuple(tensor.shape)}",
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputFileError(path, f"{name} must be finite, but holds NaN or infinity")
+    return tensor

@@ -87,3 +87,9 @@ def test_a_card_of_other_weights_or_none_is_refused(tmp_path):
     (tmp_path / "card.json").write_text(json.dumps([]), encoding="utf-8")
     with pytest.raises(InputFileError, match="must hold a JSON object, but got list"):
         load_card(tmp_path)
+
+
+def test_a_card_of_brackets_without_end_is_refused(tmp_path):
+    (tmp_path / "card.json").write_text("[" * 100_000)
+    with pytest.raises(InputFileError, match="it must be a dictionary's card, but: maximum recurs"):
+        load_card(tmp_path)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion_lens.atlas.batches import PROMPT_WEIGHT, make_batches
@@ -10,8 +10,10 @@ from fusion_lens.atlas.corpus import Document, draw_documents
 from fusion_lens.atlas.decoding import make_completer
 from fusion_lens.atlas.tokenizer import train_tokenizer
 from fusion_lens.atlas.train import TrainingConfig, learning_rate, train
+from fusion_lens.atlas.training_log import TrainingLog
+from fusion_lens.atlas.training_state import load_state, save_state
 from fusion_lens.atlas.world import make_world
-from fusion_lens.errors import ConfigError
+from fusion_lens.errors import ConfigError, InputFileError
 
 TINY = TrainingConfig(
     steps=6,
@@ -124,3 +126,77 @@ def test_batches_are_the_same_after_a_left_padded_generation(uninterrupted):
 
 def _fields(config):
     return {name: getattr(config, name) for name in type(config).__slots__}
+
+
+def saved_state(folder):
+    """The state of a small layer after a step, and what it is loaded into."""
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    path = folder / "state.safetensors"
+    save_state(path, model, [optimizer], step=1, config={"seed": 1})
+    return path, model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model/weight"), "must hold model/weight, but does not"),
+        (lambda t: t.pop("optimizer/0/0/exp_avg"), "must hold optimizer/0/0/exp_avg, but does not"),
+        (
+            lambda t: t.update({"model/bias": torch.zeros(4)}),
+            r"model/bias must be torch\.float32 of \(3,\), but is torch\.float32 of \(4,\)",
+        ),
+        (
+            lambda t: t.update({"optimizer/0/1/step": torch.tensor(1)}),
+            r"optimizer/0/1/step must be torch\.float32 of \(\), but is torch\.int64",
+        ),
+        (
+            lambda t: t["optimizer/0/1/step"].fill_(-1e30),
+            r"optimizer/0/1/step must be 1 as in the header, but is ",
+        ),
+        (
+            lambda t: t["model/weight"].fill_(float("nan")),
+            "model/weight must be finite, but holds NaN",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, message, tmp_path):
+    path, model, optimizer = saved_state(tmp_path)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"step": "1", "config": '{"seed": 1}'})
+    before = model.weight.clone()
+    with pytest.raises(InputFileError, match=message):
+        load_state(path, model, [optimizer], config={"seed": 1})
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("header", [{}, {"step": "x", "config": "{}"}, {"step": "3"}])
+def test_a_state_without_its_header_or_cut_is_refused(header, tmp_path):
+    path, model, optimizer = saved_state(tmp_path)
+    save_file(load_file(path), path, header)
+    with pytest.raises(InputFileError, match="must be the whole state of a training run, but: "):
+        load_state(path, model, [optimizer], config={"seed": 1})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputFileError, match="must be the whole state of a training run, but: "):
+        load_state(path, model, [optimizer], config={"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ('{"step": 1, "tokens": 2}', "seconds must be there, but is not"),
+        ('{"step": "1", "tokens": 2, "seconds": 0}', "step must be int, but got '1'"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_malformed_line_of_the_log_is_named(line, reason, tmp_path):
+    path = tmp_path / "training_log.jsonl"
+    path.write_text('{"step": 1, "tokens": 2, "seconds": 0.5}\n' + line + "\n")
+    with pytest.raises(InputFileError) as caught:
+        TrainingLog(path, 2)
+    told = f"{path}, line 2: must be a line of a training log: {reason}"
+    assert str(caught.value).startswith(told)
