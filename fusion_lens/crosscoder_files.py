@@ -74,6 +74,7 @@ def load_crosscoder(
     config = read_config(config_path) if config_path.is_file() else {}
     header, tensors = read_tensors(path, _expected, device=device)
     require_finite(path, {name: tensors[name] for name in _WEIGHTS})
+    _require_numbers(path, tensors)
     written = header.metadata.get(_CARD)
     if written is not None and header.metadata.get("sha256") != _digest(written, tensors):
         raise InputFileError(path, "its content does not match its checksum; the file is damaged")
@@ -181,6 +182,19 @@ def _expected(header: Header) -> Mapping[str, tuple[int, ...]]:
     if "threshold" in header.shapes or "k" in header.shapes:
         shapes |= {"k": (), "threshold": ()}
     return shapes
+
+
+def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Floats where NaN may say that there is none, and whole numbers."""
+    for name in ("activation_mean", "activation_std", "activation_global_scale", "target_rms"):
+        if not tensors[name].is_floating_point():
+            raise InputFileError(path, f"{name} must be floating, but got {tensors[name].dtype}")
+    require_finite(path, {name: tensors[name] for name in ("threshold",) if name in tensors})
+    for name in ("code_normalization_id", "k"):
+        if name in tensors and (
+            tensors[name].is_complex() or tensors[name] != tensors[name].long()
+        ):
+            raise InputFileError(path, f"{name} must be a whole number, but got {tensors[name]}")
 
 
 def _digest(card: str, tensors: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ Named is what is read by name somewhere; what else a summary says is left as it 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NotRequired, TypedDict
 
 from fusion_lens.decoding import GenerationConfig
@@ -157,6 +158,11 @@ def require_layout(summary: Any) -> None:
         ValueError: if something is missing or of another type; names it.
     """
     layout: Layout = typed(Layout, summary)
+    shape = summary["provenance"]["settings"]["tuning"]["generation"]
+    _require_all("provenance.settings.tuning.generation", shape, ("slots", "cache_length"))
+    for n, comparison in enumerate(summary["comparisons"]):
+        names = tuple(field.name for field in fields(Comparison))
+        _require_all(f"comparisons[{n}]", comparison, names)
     for name, arm in layout["arms"].items():
         _require_whole(f"arms.{name}", arm, _SEARCHED)
         for metric, interval in arm["metrics"].items():
@@ -171,6 +177,13 @@ def require_layout(summary: Any) -> None:
     if share["n"] and share["median"] is None:
         raise ValueError("generic_share.median must be a number where n is not 0")
     _require_crossed(layout["comparisons"])
+
+
+def _require_all(place: str, part: Any, names: tuple[str, ...]) -> None:
+    """Also what has a default: the tables read what stands in the file."""
+    for name in names:
+        if name not in part:
+            raise ValueError(f"{place}.{name} must be there, but is not")
 
 
 def _require_whole(place: str, part: Any, names: tuple[str, ...]) -> None:

@@ -259,3 +259,31 @@ def test_a_card_of_other_types_is_refused_also_with_a_right_checksum(
     save_file(tensors, path, {"fusion_lens": text, "sha256": digest})
     with pytest.raises(DictionaryError, match=message):
         load_crosscoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (
+            "activation_std",
+            torch.ones(L, D, dtype=torch.uint32),
+            "must be floating, but got torch.ui",
+        ),
+        (
+            "activation_mean",
+            torch.ones(L, D, dtype=torch.int64),
+            "must be floating, but got torch.in",
+        ),
+        ("target_rms", torch.tensor(1), "must be floating, but got torch.int64"),
+        ("threshold", torch.tensor(float("inf")), "must be finite, but it holds NaN or infinity"),
+        ("k", torch.tensor(float("nan")), r"must be a whole number, but got nan"),
+        ("k", torch.tensor(2.5), r"must be a whole number, but got 2.5"),
+        ("code_normalization_id", torch.tensor(1j), "must be a whole number, but got 0"),
+    ],
+)
+def test_a_number_of_another_kind_is_refused(
+    name: str, tensor: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "cc", layout() | {name: tensor})
+    with pytest.raises(InputFileError, match=f"{name} {message}"):
+        load_crosscoder(folder, layers=LAYERS)

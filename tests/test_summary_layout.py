@@ -78,6 +78,14 @@ def test_what_a_run_writes_is_taken_and_left_as_it_is() -> None:
             "provenance.settings.tuning.template.colour is no field of Template",
         ),
         (
+            lambda s: s["provenance"]["settings"]["tuning"]["generation"].pop("slots"),
+            r"provenance\.settings\.tuning\.generation\.slots must be there, but is not",
+        ),
+        (
+            lambda s: s["comparisons"][1].pop("p_holm"),
+            r"comparisons\[1\]\.p_holm must be there, but is not",
+        ),
+        (
             lambda s: s["failures"][0].pop("error"),
             r"failures\[0\]\.error must be there, but is not",
         ),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +19,11 @@ from mutations import changed
 from readers import READERS, Reader
 from trials import tried
 
+from fusion_lens.errors import InputFileError
+
 FAST = [reader for reader in READERS if not reader.slow]
 ONCE = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -61,3 +65,42 @@ def test_any_bytes_are_read_or_refused(reader: Reader, tmp_path: Path, content: 
 def test_the_corpus_is_small_and_of_readers_there_are() -> None:
     assert {path.name for path in CORPUS.iterdir()} <= {reader.name for reader in READERS}
     assert sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file()) < 10**6
+
+
+def stored(size: int) -> torch.Tensor:
+    try:
+        return torch.zeros(size)
+    except RuntimeError as error:
+        raise InputFileError("a", "too large") from error
+
+
+FAULTS: dict[str, tuple[Callable[[], object], str]] = {
+    "another exception": (lambda: {}["a"], "KeyError: 'a'"),
+    "a message that cannot be printed": (
+        lambda: (_ for _ in ()).throw(InputFileError("a", "\ud800")),
+        "its message cannot be printed",
+    ),
+    "too much memory": (lambda: torch.zeros(2**29), "RuntimeError"),
+    "too much memory, caught": (lambda: stored(2**29), "it asks for more than 1073741824 bytes"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told(fault: str, tmp_path: Path) -> None:
+    act, message = FAULTS[fault]
+
+    def read(folder: Path) -> None:
+        act()
+
+    if "memory" in fault and sys.platform != "linux":
+        pytest.skip("memory is limited on Linux alone")
+    reader = Reader("r", "r.txt", "bytes", read, lambda folder: [{"r.txt": b"a"}])
+    assert message in (tried(reader, b"b", tmp_path).fault or "")
+
+
+@pytest.mark.parametrize("reader", FAST, ids=name_of)
+def test_changes_of_a_seed_differ_and_can_be_made_again(reader: Reader) -> None:
+    seeds = reader.contents()
+    made = [changed(seeds[0], reader.kind, Random(n), seeds) for n in range(40)]
+    assert made == [changed(seeds[0], reader.kind, Random(n), seeds) for n in range(40)]
+    assert len({*made, seeds[0]}) > 25
