@@ -1,9 +1,10 @@
 """Files that were tampered with, given to every reader: `python tests/fuzz/fuzz.py --seconds 600`.
 
 With atheris half of the time goes to changes that follow what they reach in the package (coverage
-of fusion_lens alone); the other half, without it all, to changes that are drawn. A file is kept in `corpus/` if it is a finding, and with `--keep` also if
-its reader ends on it in a new way. A process per reader: one that crashes or hangs is a finding,
-and the others go on. Ends with 1 if there is a finding.
+of fusion_lens alone); the other half, without it all, to changes that are drawn. A file is kept in
+`corpus/` if it is a finding, and with `--keep` also if its reader ends on it in a new way. A
+process per reader: one that crashes or hangs is a finding, and the others go on. Ends with 1 if
+there is a finding.
 """
 
 from __future__ import annotations
