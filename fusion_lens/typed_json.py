@@ -44,7 +44,7 @@ def typed(kind: Callable[..., T], content: Any) -> T:
     """`content`, as `parsed` gives it, as a value of `kind`.
 
     A `dict` is as it was; fields it does not name are left in a `TypedDict`. An integer stands for
-    a `float`, and stays an integer.
+    a `float`, and becomes one.
 
     Raises:
         ValueError: if it is of another type somewhere; names the place. Whatever the value itself
@@ -103,7 +103,7 @@ def _plain(kind: Any) -> _Check:
             raise _other(kind, value, place)
         if kind is float:
             try:
-                float(value)
+                return float(value)
             except OverflowError:
                 raise _other(kind, value, place) from None
         return value
@@ -112,7 +112,11 @@ def _plain(kind: Any) -> _Check:
 
 
 def _one_of(kind: Any, checks: list[_Check]) -> _Check:
+    exact = {each for each in typing.get_args(kind) if each in (int, float, str, bool)}
+
     def check(value: Any, place: str) -> Any:
+        if type(value) in exact:
+            return value
         faults = []
         for each in checks:
             try:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -403,19 +404,32 @@ def test_an_output_folder_that_cannot_be_written_fails_before_the_work(
     assert "must be writable" in err
 
 
-def test_an_interrupted_run_says_so_and_exits_with_130(
+def test_an_interrupted_run_says_so_and_how_to_go_on_and_exits_with_130(
     command, stories_folder, questions, tmp_path, monkeypatch
 ) -> None:
-    def interrupted(*args: object, **options: object) -> None:
+    real = arms.tune_jobs
+
+    def pressed(*args: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **options)
+
+    monkeypatch.setattr(arms, "tune_jobs", pressed)
+    asked = ("run", "--model", stories_folder, "--questions", questions, "--trials", 2)
+    asked = (*asked, "--arms", "baseline,full", "--no-reach", "--out", tmp_path / "run")
+    code, _, err = command(*asked)
+    assert code == 130
+    assert "stopping when this batch is written" in err
+    assert f"--out {tmp_path / 'run'} --resume" in err.splitlines()[-1]
+    assert load_results(tmp_path / "run").summary["interrupted"]
+
+    def pressed_twice(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arms, "tune_jobs", interrupted)
-    code, out, _ = command(
-        "run", "--model", stories_folder, "--questions", questions, "--out", tmp_path / "run"
-    )
+    monkeypatch.setattr(arms, "tune_jobs", pressed_twice)
+    code, _, err = command(*asked, "--overwrite")
     assert code == 130
-    assert "interrupted" in out
-    assert load_results(tmp_path / "run").summary["interrupted"]
+    assert f"--out {tmp_path / 'run'} --resume" in err.splitlines()[-1]
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_help_names_the_commands_without_loading_transformer_lens() -> None:
