@@ -45,7 +45,8 @@ def seconds(engine: RayEngine, questions: list[Question]) -> float:
 def main() -> None:
     """Measure, write, print."""
     questions = select_questions(load_questions(QUESTIONS), split="test", limit=32)
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    ray.init("local", num_cpus=4, **quiet)
     with RayEngine(Recipe(), workers=1) as one, RayEngine(Recipe(), workers=2) as two:
         pairs = [[seconds(engine, questions) for engine in (one, two)] for _ in range(PAIRS + 1)]
     ray.shutdown()

@@ -403,6 +403,7 @@ def _start(ray: Any, address: str | None, n_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
     if address is None:
-        ray.init(num_cpus=max(n_cpus, os.cpu_count() or 1), **quiet)
+        # not one that happens to run here, which may be somebody else's
+        ray.init("local", num_cpus=max(n_cpus, os.cpu_count() or 1), **quiet)
     else:
         ray.init(address=address, logging_level="error", log_to_driver=False)

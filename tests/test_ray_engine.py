@@ -78,7 +78,8 @@ def started() -> Iterator[None]:
     """One Ray for all tests: engines use what runs. Actors cannot import this file."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
+    quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    ray.init("local", num_cpus=4, **quiet)
     yield
     ray.shutdown()
 

@@ -2,9 +2,9 @@
 
 With atheris half of the time goes to changes that follow what they reach in the package (coverage
 of fusion_lens alone); the other half, without it all, to changes that are drawn. A file is kept in
-`corpus/` if it is a finding, and with `--keep` also if its reader ends on it in a new way. A
-process per reader: one that crashes or hangs is a finding, and the others go on. Ends with 1 if
-there is a finding.
+`corpus/` if it is a finding, and with `--keep` also if its reader ends on it in a new way. Each
+reader has a process for each way: one that crashes or hangs is a finding, and the others go on.
+Ends with 1 if there is a finding.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ def guided(keeper: Keeper, seconds: float, seed: int) -> None:
 
     arguments = (
         *("-verbosity=0", "-rss_limit_mb=6000", f"-timeout={int(HANGS) * 4}"),
+        f"-artifact_prefix={keeper.folder}/",
         *(f"-max_len={MOST}", f"-seed={seed + 1}", f"-max_total_time={max(1, int(seconds))}"),
     )
     atheris.Setup(

@@ -239,7 +239,8 @@ def _tensors(content: bytes, rng: Random, seeds: Sequence[bytes]) -> bytes:
     name = rng.choice(names)
     own = header[name]
     start, stop = own["data_offsets"]
-    size = math.prod(own["shape"])
+    # a text times a number is a text, as long as that
+    size = math.prod(int(n) for n in own["shape"])
     match rng.randrange(9):
         case 0 if size and stop > start:
             # of the same bytes, other numbers
