@@ -3,7 +3,9 @@
 Run: `make bench-ray` (`python benchmarks/ray_workers.py`); it writes `ray_workers.json` and prints
 Markdown. Both engines have their workers open before anything is timed, with one thread each; the
 same run of Atlas is timed on one and on two workers in turn, five pairs after one that is thrown
-away. What is compared is the work of a run: tasks handed out, solved and written.
+away. What is compared is the work of a run: tasks handed out, solved and written. There are 64
+slots, which the blocks of both fill: idle slots cost as much as busy ones, and a run that cannot
+fill one worker's gains nothing by a second.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import ray
 from fusion_lens.atlas import QUESTIONS
 from fusion_lens.experiment import run
 from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.generation import GenerationConfig
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.questions import Question, load_questions, select_questions
 from fusion_lens.ray_engine import RayEngine
@@ -28,8 +31,9 @@ from fusion_lens.search import SearchConfig
 FOLDER = Path(__file__).parent
 PAIRS = 5
 CONFIG = ExperimentConfig(
-    arms=("baseline", "segmented"),
-    tuning=TuningConfig(search=SearchConfig(trials=10)),
+    tuning=TuningConfig(
+        search=SearchConfig(trials=10), generation=GenerationConfig(max_new_tokens=48, slots=64)
+    ),
     reach=False,
 )
 
@@ -44,7 +48,7 @@ def seconds(engine: RayEngine, questions: list[Question]) -> float:
 
 def main() -> None:
     """Measure, write, print."""
-    questions = select_questions(load_questions(QUESTIONS), split="test", limit=32)
+    questions = select_questions(load_questions(QUESTIONS), split="test", limit=48)
     quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
     ray.init("local", num_cpus=4, **quiet)
     with RayEngine(Recipe(), workers=1) as one, RayEngine(Recipe(), workers=2) as two:

@@ -31,7 +31,6 @@ from fusion_lens.lenders import Lenders
 from fusion_lens.models import HookedModel
 from fusion_lens.plans import Gate, Plan, Segment
 from fusion_lens.preparation import Prepared, TuningConfig, seed_of
-from fusion_lens.progress import Progress
 from fusion_lens.prompts import Prompt, answer_prefix, baseline_prompt, question_prompt
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
@@ -108,14 +107,19 @@ class Bench:
     gate: Gate | None = None
 
     def write(
-        self, rows: Sequence[Row], *, sampled: bool = False, prefixed: bool = False
+        self,
+        rows: Sequence[Row],
+        *,
+        sampled: bool = False,
+        prefixed: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Completions of rows at the run's shape, or `sampled` at temperature 1; `prefixed` prompts
-        need more cache."""
+        need more cache. `progress` as in `generate`."""
         settings = replace(self.config.generation, cache_length=self._cache_length(prefixed))
         if sampled:
             settings = replace(settings, temperature=1.0)
-        return generate(self.model, rows, settings, log=self.log)
+        return generate(self.model, rows, settings, progress=progress, log=self.log)
 
     def fits(self, prompt: Prompt, *, prefixed: bool = False) -> bool:
         """Whether a prompt leaves room for its completion."""
@@ -155,9 +159,10 @@ def choose(
     arms: Sequence[str],
     segments: Mapping[str, tuple[Segment, ...]],
     *,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Chosen]:
-    """Every arm's choice for every question.
+    """Every arm's choice for every question. `progress` is told how many trials and samples are
+    done.
 
     An arm whose vectors or mask nobody can lend, or whose prompt does not fit the context, chooses
     nothing for that question.
@@ -166,6 +171,7 @@ def choose(
         KeyboardInterrupt: if interrupted; half a search is no choice.
     """
     chosen: list[Chosen] = []
+    n_sampled = 0
     if prepared and {"baseline", "best_of_n"}.intersection(arms):
         bare = [bench.bare(item) for item in prepared]
         greedy, seconds = _timed(prepared, lambda: _greedy(bench, bare))
@@ -177,8 +183,9 @@ def choose(
         if "best_of_n" in arms:
             if bench.config.template.baseline is not None:
                 greedy, seconds = _timed(prepared, lambda: _greedy(bench, prepared))
-            best, more = _timed(prepared, lambda: _best_of_n(bench, prepared, greedy))
+            best, more = _timed(prepared, lambda: _best_of_n(bench, prepared, greedy, progress))
             n_samples = bench.config.search.trials
+            n_sampled = n_samples * len(prepared)
             chosen += [
                 Chosen(item, "best_of_n", graded, seconds + more, n_samples=n_samples)
                 for item, graded in zip(prepared, best, strict=True)
@@ -191,8 +198,13 @@ def choose(
             job = _job(bench, item, arm, segments) if arm in TUNED else None
             if job is not None:
                 jobs.append(job)
+
+    def tell(_: str, done: int, __: int) -> None:
+        if progress is not None:
+            progress(n_sampled + done)
+
     tuned, interrupted = tune_jobs(
-        bench.model, jobs, bench.config, score=bench.score, progress=progress, log=bench.log
+        bench.model, jobs, bench.config, score=bench.score, progress=tell, log=bench.log
     )
     if interrupted:
         raise KeyboardInterrupt
@@ -234,7 +246,10 @@ def _greedy(bench: Bench, prepared: Sequence[Prepared]) -> list[Graded]:
 
 
 def _best_of_n(
-    bench: Bench, prepared: Sequence[Prepared], greedy: Sequence[Graded]
+    bench: Bench,
+    prepared: Sequence[Prepared],
+    greedy: Sequence[Graded],
+    progress: Callable[[int], None] | None,
 ) -> list[Graded]:
     owners, rows = [], []
     for item in prepared:
@@ -242,7 +257,8 @@ def _best_of_n(
         owners += [item] * len(samples)
         rows += samples
     candidates = {item.question.id: [g] for item, g in zip(prepared, greedy, strict=True)}
-    graded = bench.score(owners, bench.write(rows, sampled=True)) if rows else []
+    written = bench.write(rows, sampled=True, progress=progress)
+    graded = bench.score(owners, written) if rows else []
     for item, each in zip(owners, graded, strict=True):
         candidates[item.question.id].append(each)
     return [max(candidates[item.question.id], key=lambda each: each.objective) for item in prepared]

@@ -8,7 +8,7 @@ are read teacher-forced. A text counts as written by the model: its BOS is the p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,13 +87,14 @@ def kl_unrelated(
     steered: Sequence[Plan | tuple[int, ...]],
     *,
     executor: str = "auto",
+    progress: Callable[[int], None] | None = None,
     log: EngineLog | None = None,
 ) -> list[float | None]:
     """KL(unsteered || steered) in nats per token of `texts`, for each way of steering: a plan, or
     the tokens of a prefix put in front of every text (behind its BOS).
 
     Every token but a BOS counts once, as the place whose next token is predicted. The mean is in
-    float64; None where it is not finite.
+    float64; None where it is not finite. `progress` is told how often a text was read steered.
 
     Raises:
         ConfigError: if there is no text.
@@ -110,6 +111,7 @@ def kl_unrelated(
 
     def read(n_rows: int) -> None:
         sums.zero_()
+        n_read = 0
         for batch in _batches(run, texts, min(n_rows, most)):
             unsteered = _read(run, batch, ())
             log_p = at_least_float32(unsteered).log_softmax(dim=-1)
@@ -120,6 +122,9 @@ def kl_unrelated(
                 # sum p (log p - log q), with log q = q - logsumexp q
                 kl = torch.logsumexp(q, dim=-1) - _product(p, q) - entropy
                 sums[i] += kl.masked_fill(~batch.counted, 0).double().sum().cpu()
+                n_read += batch.n_texts
+                if progress is not None:
+                    progress(n_read)
 
     with evaluating(model):
         log.halving(min(_ROWS, len(texts)), read)
@@ -129,13 +134,15 @@ def kl_unrelated(
 
 
 class _Batch:
-    """Texts of one padded length; idle rows at the end. `counted` marks the texts' own tokens."""
+    """`n_texts` texts of one padded length, and idle rows; `counted` marks the texts' own
+    tokens."""
 
     def __init__(self, texts: Sequence[Prompt], n_rows: int, width: int, device: torch.device):
         full = [*texts, *[texts[0]] * (n_rows - len(texts))]
         self.layouts = [Layout(len(text.tokens), text.special) for text in full]
         self.heads = [text.tokens[: _leading(text)] for text in full]
         self.tails = [text.tokens[_leading(text) :] for text in full]
+        self.n_texts = len(texts)
         self.width = width
         counted = torch.zeros((n_rows, width), dtype=torch.bool)
         for row, tail in enumerate(self.tails[: len(texts)]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -38,7 +39,7 @@ from fusion_lens.stopping import Stop, stopping
 from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
 from fusion_lens.tracing import Explain
 from fusion_lens.tuning import export_tuned
-from fusion_lens.workers import Engine, LocalEngine, Outcome, Setup, Solved, Task, Worker
+from fusion_lens.workers import Engine, InWork, LocalEngine, Outcome, Setup, Solved, Task, Worker
 
 if TYPE_CHECKING:
     from fusion_lens.methods.dsas import FittedGate
@@ -332,20 +333,26 @@ class _Loop:
         show: Progress | None,
     ) -> None:
         able = [name for name in wanted if name in lenders.prepared]
-        per_question = self._config.tuning.search.trials * len(self._config.tuned_arms)
+        config = self._config
+        searching = len(config.tuned_arms) + ("best_of_n" in config.arms)
+        each = {"trials": config.tuning.search.trials * searching}
+        if config.reach:
+            each["reach"] = len(config.arms)
         done = n_questions - len(wanted)
-        in_work = 0
-        told = -1
+        in_work: InWork = Counter()
+        told: dict[str, int] = {}
 
-        def tell(trials: int) -> None:
-            nonlocal in_work, told
-            in_work = trials
-            if show is not None and done * per_question + trials != told:
-                told = done * per_question + trials
-                show("trials", told, n_questions * per_question)
+        def tell(own: InWork) -> None:
+            nonlocal in_work
+            in_work = own
+            for stage, per_question in each.items():
+                now = done * per_question + own[stage]
+                if show is not None and told.get(stage) != now:
+                    told[stage] = now
+                    show(stage, now, n_questions * per_question)
 
         def tasks() -> Iterator[Task]:
-            size = self._engine.block_size(self._config.block_size, len(able))
+            size = self._engine.block_size(config.block_size, len(able))
             for start in range(0, len(able), size):
                 names = able[start : start + size]
                 yield Task(
@@ -360,7 +367,7 @@ class _Loop:
             self._keep(solved, lenders)
             n_done = len({name for name, _ in solved.pairs})
             done += n_done
-            tell(max(0, in_work - n_done * per_question))
+            tell(in_work - Counter({stage: n_done * own for stage, own in each.items()}))
 
     def _keep(self, solved: Solved, lenders: Lenders) -> None:
         self.log.add(solved.log)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,7 +23,7 @@ from fusion_lens.errors import ConfigError, MissingExtraError
 from fusion_lens.lenders import Ready
 from fusion_lens.preparation import Failure
 from fusion_lens.questions import Question
-from fusion_lens.workers import Description, Setup, Solved, Task, Worker
+from fusion_lens.workers import Description, InWork, Setup, Solved, Task, Worker
 
 _LOG = logging.getLogger(__name__)
 _BLOCKS_EACH = 4
@@ -114,8 +114,11 @@ class RayEngine:
         return shaped
 
     def block_size(self, asked: int, n_questions: int) -> int:
-        """As asked, or fewer where some would have none."""
-        return max(1, min(asked, -(-n_questions // (_BLOCKS_EACH * len(self._actors)))))
+        """As asked, or fewer where some would have none; few enough to end at one time, but no
+        fewer than keep the slots of a worker full."""
+        n = len(self._actors)
+        together = max(-(-n_questions // (_BLOCKS_EACH * n)), self._filling())
+        return max(1, min(asked, -(-n_questions // n), together))
 
     def prepare(self, blocks: Iterable[Sequence[Question]]) -> Iterator[Ready]:
         """See `Engine`."""
@@ -142,7 +145,7 @@ class RayEngine:
         tasks: Iterable[Task],
         *,
         stopping: Callable[[], bool],
-        progress: Callable[[int], None],
+        progress: Callable[[InWork], None],
     ) -> Iterator[Solved]:
         """See `Engine`; in the order in which they are done."""
         jobs = (_Solving(number, 0, task) for number, task in enumerate(tasks))
@@ -150,7 +153,11 @@ class RayEngine:
             yield solved
 
     def _each(
-        self, jobs: Iterator[_Job], *, stopping: Callable[[], bool], progress: Callable[[int], None]
+        self,
+        jobs: Iterator[_Job],
+        *,
+        stopping: Callable[[], bool],
+        progress: Callable[[InWork], None],
     ) -> Iterator[tuple[_Job, Any]]:
         """Jobs with what they came to, as they are done; each actor has one at a time."""
         again: deque[_Job] = deque()
@@ -182,6 +189,14 @@ class RayEngine:
                     continue
                 idle.append(actor)
                 yield job, made
+
+    def _filling(self) -> int:
+        """Questions whose rows fill all slots twice over: idle slots cost as much as busy ones."""
+        if self._setup is None:
+            return 1
+        config = self._setup.config
+        rows = config.tuning.search.round_size * max(1, len(config.tuned_arms))
+        return -(-2 * (config.tuning.generation.slots or 1) // rows)
 
     def _fitting(self, workers: int) -> int:
         """As many as asked for, or as there is room for."""
@@ -243,7 +258,7 @@ class _Actor:
 
     def __init__(self, make: Callable[[], Worker], threads: int, setup: Setup | None) -> None:
         self._fault: Exception | None = None
-        self._done = 0
+        self._done: InWork = Counter()
         torch.set_num_threads(threads)
         try:
             self._worker = make()
@@ -266,18 +281,18 @@ class _Actor:
         return self._opened().prepare(questions)
 
     def solve(self, task: Task) -> Solved:
-        self._done = 0
+        self._done = Counter()
         return self._opened().solve(task, self._tell)
 
     def home(self) -> tuple[str, int]:
         """The machine of the cluster that it is on, and its process there."""
         return _ray().get_runtime_context().get_node_id(), os.getpid()
 
-    def done(self) -> int:
-        """How many trials of the task in work are done."""
+    def done(self) -> InWork:
+        """What is done of the task in work."""
         return self._done
 
-    def _tell(self, done: int) -> None:
+    def _tell(self, done: InWork) -> None:
         self._done = done
 
     def _opened(self) -> Worker:
@@ -287,13 +302,13 @@ class _Actor:
 
 
 class _Told:
-    """How many trials are done of all tasks in work, as far as actors have answered."""
+    """What is done of all tasks in work, as far as actors have answered."""
 
-    def __init__(self, ray: Any, progress: Callable[[int], None]) -> None:
+    def __init__(self, ray: Any, progress: Callable[[InWork], None]) -> None:
         self._ray = ray
         self._progress = progress
         self._asked: dict[Any, Any] = {}
-        self._done: dict[Any, int] = {}
+        self._done: dict[Any, InWork] = {}
 
     def ask(self, actors: Sequence[Any]) -> None:
         """Take in what was answered, and ask those that have."""
@@ -308,7 +323,7 @@ class _Told:
                 except self._ray.exceptions.RayError:
                     continue
             self._asked[actor] = actor.done.remote()
-        self._progress(sum(self._done.values()))
+        self._progress(sum(self._done.values(), Counter()))
 
     def forget(self, actor: Any) -> None:
         """Its task is done."""

@@ -8,7 +8,7 @@ figures, "what transfers" has no zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fusion_lens.arms import Bench, Chosen, samples_of
@@ -46,11 +46,21 @@ class _Wording:
     neighbour: bool
 
 
-def measure(bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt]) -> list[Reach]:
-    """One `Reach` for each choice."""
+def measure(
+    bench: Bench,
+    chosen: Sequence[Chosen],
+    unrelated: Sequence[Prompt],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Reach]:
+    """One `Reach` for each choice. `progress` is told how many of them are measured, by the share
+    of texts that are written and read."""
     prepared = {each.prepared.question.id: each.prepared for each in chosen}
     wordings = [wording for item in prepared.values() for wording in _wordings(bench, item)]
-    plain = bench.write([wording.item.row(bench.config) for wording in wordings])
+    course = _Course(_most_texts(bench, chosen, wordings, len(unrelated)), len(chosen), progress)
+    plain = bench.write(
+        [wording.item.row(bench.config) for wording in wordings], progress=course.part()
+    )
     knows = [_right(wording, done) for wording, done in zip(wordings, plain, strict=True)]
     asked = [
         (each, n)
@@ -58,7 +68,7 @@ def measure(bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt])
         for n, wording in enumerate(wordings)
         if wording.of == each.prepared.question.id and (knows[n] or not wording.neighbour)
     ]
-    hits = _answers(bench, asked, wordings, plain, knows)
+    hits = _answers(bench, asked, wordings, plain, knows, course)
     reached: dict[tuple[str, str, bool], list[bool]] = {}
     for (each, n), hit in zip(asked, hits, strict=True):
         if hit is None:
@@ -66,13 +76,57 @@ def measure(bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt])
         key = (each.prepared.question.id, each.arm, wordings[n].neighbour)
         reached.setdefault(key, []).append(hit)
     made = []
-    for each, kl in zip(chosen, _divergence(bench, chosen, unrelated), strict=True):
+    for each, kl in zip(chosen, _divergence(bench, chosen, unrelated, course), strict=True):
         told, kept = (
             reached.get((each.prepared.question.id, each.arm, neighbour), [])
             for neighbour in (False, True)
         )
         made.append(Reach(_share(told), len(told), _share(kept), len(kept), kl))
+    course.end()
     return made
+
+
+class _Course:
+    """How many of `n` are done, told by the share of `total` texts at most. Work has parts, one
+    after the other, each of which counts from 0."""
+
+    def __init__(self, total: int, n: int, progress: Callable[[int], None] | None) -> None:
+        self._total = total
+        self._n = n
+        self._progress = progress
+        self._before = 0
+        self._own = 0
+
+    def part(self) -> Callable[[int], None]:
+        """What the next part tells its count to."""
+        self._before += self._own
+        self._own = 0
+        return self._tell
+
+    def end(self) -> None:
+        """All is done, also what turned out to be less."""
+        if self._progress is not None:
+            self._progress(self._n)
+
+    def _tell(self, done: int) -> None:
+        self._own = max(self._own, done)
+        if self._progress is not None:
+            self._progress(self._n * (self._before + self._own) // self._total)
+
+
+def _most_texts(
+    bench: Bench, chosen: Sequence[Chosen], wordings: Sequence[_Wording], n_unrelated: int
+) -> int:
+    """How many are written and read if every neighbour is known."""
+    of_question: dict[str, int] = {}
+    for wording in wordings:
+        of_question[wording.of] = of_question.get(wording.of, 0) + 1
+    most = len(wordings)
+    for each in chosen:
+        samples = bench.config.search.trials - 1 if each.n_samples > 1 else 0
+        changed = int(each.plan is not None or bool(each.prefix))
+        most += of_question.get(each.question_id, 0) * (samples + changed) + changed * n_unrelated
+    return max(1, most)
 
 
 def _wordings(bench: Bench, item: Prepared) -> list[_Wording]:
@@ -98,12 +152,14 @@ def _answers(
     wordings: Sequence[_Wording],
     plain: Sequence[Completion],
     knows: Sequence[bool],
+    course: _Course,
 ) -> list[bool | None]:
     """Whether each arm answers each wording rightly; None where its prompt does not fit."""
     steered = [(i, each.plan, n) for i, (each, n) in enumerate(asked) if each.plan is not None]
     sampled = [(i, n) for i, (each, n) in enumerate(asked) if each.n_samples > 1]
     hits: list[bool | None] = [knows[n] for _, n in asked]
-    written = bench.write([wordings[n].item.row(bench.config, plan) for _, plan, n in steered])
+    steered_rows = [wordings[n].item.row(bench.config, plan) for _, plan, n in steered]
+    written = bench.write(steered_rows, progress=course.part())
     for (i, _, n), done in zip(steered, written, strict=True):
         hits[i] = _right(wordings[n], done)
     prefixed, rows = [], []
@@ -116,16 +172,19 @@ def _answers(
         else:
             prefixed.append((i, n))
             rows.append(told.row(bench.config))
-    for (i, n), done in zip(prefixed, bench.write(rows, prefixed=True), strict=True):
+    written = bench.write(rows, prefixed=True, progress=course.part())
+    for (i, n), done in zip(prefixed, written, strict=True):
         hits[i] = _right(wordings[n], done)
-    best = _best_samples(bench, [wordings[n] for _, n in sampled], [plain[n] for _, n in sampled])
+    best = _best_samples(
+        bench, [wordings[n] for _, n in sampled], [plain[n] for _, n in sampled], course
+    )
     for (i, n), done in zip(sampled, best, strict=True):
         hits[i] = _right(wordings[n], done)
     return hits
 
 
 def _best_samples(
-    bench: Bench, wordings: Sequence[_Wording], plain: Sequence[Completion]
+    bench: Bench, wordings: Sequence[_Wording], plain: Sequence[Completion], course: _Course
 ) -> list[Completion]:
     """Of fresh samples and the greedy run the best by the tuned objective, against the wording's
     own gold."""
@@ -134,7 +193,7 @@ def _best_samples(
         for wording in wordings
         for row in samples_of(wording.item, wording.item.prompt, bench.config, "fresh sample")
     ]
-    written = iter(bench.write(rows, sampled=True))
+    written = iter(bench.write(rows, sampled=True, progress=course.part()))
     owners, candidates = [], []
     for wording, greedy in zip(wordings, plain, strict=True):
         own = [greedy, *(next(written) for _ in range(bench.config.search.trials - 1))]
@@ -151,7 +210,7 @@ def _best_samples(
 
 
 def _divergence(
-    bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt]
+    bench: Bench, chosen: Sequence[Chosen], unrelated: Sequence[Prompt], course: _Course
 ) -> list[float | None]:
     """0 for what leaves the model alone; a choice among samples has no next-token distribution,
     and a prefix may leave no room for the texts."""
@@ -172,6 +231,7 @@ def _divergence(
         unrelated,
         list(ways.values()),
         executor=bench.config.generation.executor,
+        progress=course.part(),
         log=bench.log,
     )
     values = dict(zip(ways, measured, strict=True))

@@ -8,8 +8,10 @@ of one question; the rest goes on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -40,6 +42,10 @@ Made = tuple[list[M], list[Failure]]
 """What was made, and what could not be."""
 Pair = tuple[str, str]
 """The id of a question, and an arm."""
+
+InWork = Counter[str]
+"""What is done of tasks that are in work: "trials", samples among them, and "reach", the choices
+whose reach is measured."""
 
 _UNMEASURED = Reach(None, 0, None, 0, None)
 
@@ -132,10 +138,10 @@ class Engine(Protocol):
         tasks: Iterable[Task],
         *,
         stopping: Callable[[], bool],
-        progress: Callable[[int], None],
+        progress: Callable[[InWork], None],
     ) -> Iterator[Solved]:
-        """Tasks as they are done, no more of them begun once `stopping`. `progress` is told how
-        many trials are done of those in work."""
+        """Tasks as they are done, no more of them begun once `stopping`. `progress` is told what is
+        done of those in work."""
         ...
 
 
@@ -202,9 +208,8 @@ class Worker:
         self._halvings = log.halvings
         return Ready(prepared, failed, log)
 
-    def solve(self, task: Task, progress: Callable[[int], None] | None = None) -> Solved:
-        """All arms of a task, and the details of its questions. `progress` is told how many trials
-        are done."""
+    def solve(self, task: Task, progress: Callable[[InWork], None] | None = None) -> Solved:
+        """All arms of a task, and the details of its questions. `progress` is told what is done."""
         log = EngineLog(halvings=self._halvings)
         setup, prepared = self._setup, task.lenders.prepared
         bench = Bench(
@@ -219,8 +224,11 @@ class Worker:
 
         def run(pairs: Sequence[Pair]) -> Made[Outcome]:
             made: list[Outcome] = []
+            before: InWork = Counter()
             for arms, names in _alike(pairs):
-                made += self._outcomes(bench, [prepared[name] for name in names], arms, progress)
+                course = _Course(before, progress)
+                made += self._outcomes(bench, [prepared[name] for name in names], arms, course)
+                before = course.done
             return made, []
 
         outcomes, failed = _apart(
@@ -242,13 +250,13 @@ class Worker:
         bench: Bench,
         items: Sequence[Prepared],
         arms: Sequence[str],
-        progress: Callable[[int], None] | None,
+        course: _Course,
     ) -> list[Outcome]:
-        told = None if progress is None else lambda _, done, __: progress(done)
-        chosen = choose(bench, items, arms, self._segments, progress=told)
+        chosen = choose(bench, items, arms, self._segments, progress=partial(course.tell, "trials"))
         reached = [_UNMEASURED] * len(chosen)
         if self._setup.config.reach:
-            reached = measure(bench, chosen, self._unrelated)
+            told = partial(course.tell, "reach")
+            reached = measure(bench, chosen, self._unrelated, progress=told)
         return [
             Outcome(each, reach, self._item(each))
             for each, reach in zip(chosen, reached, strict=True)
@@ -258,6 +266,21 @@ class Worker:
         item, written = chosen.prepared, chosen.graded.completion
         config = self._setup.config.tuning
         return judge_item(self.model, item.question, item.prompt, written, config)
+
+
+class _Course:
+    """Some arms of some questions, after what was done `before`."""
+
+    def __init__(self, before: InWork, progress: Callable[[InWork], None] | None) -> None:
+        self.done = before
+        self._before = before
+        self._progress = progress
+
+    def tell(self, stage: str, done: int) -> None:
+        """So many of one kind."""
+        self.done = Counter({**self.done, stage: self._before[stage] + done})
+        if self._progress is not None:
+            self._progress(self.done)
 
 
 class LocalEngine:
@@ -287,7 +310,7 @@ class LocalEngine:
         tasks: Iterable[Task],
         *,
         stopping: Callable[[], bool],
-        progress: Callable[[int], None],
+        progress: Callable[[InWork], None],
     ) -> Iterator[Solved]:
         """See `Engine`."""
         for task in tasks:
