@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusion_lens.judges import Judge
     from fusion_lens.models import HookedModel
     from fusion_lens.questions import Question
+    from fusion_lens.recipes import Recipe
 
 _SIMPLEQA = "basicv8vc/SimpleQA"
 
@@ -110,14 +111,10 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def open_model(
-    model: str | None, dtype: str | None, device: str | None, *, load_in_8bit: bool = False
-) -> HookedModel:
-    """The model of that name or folder; Atlas without one."""
-    from fusion_lens.models import load_model
-
+def open_model(recipe: Recipe) -> HookedModel:
+    """The model of a recipe."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    return load_model(model, dtype=dtype, device=device, load_in_8bit=load_in_8bit)
+    return recipe.opened()
 
 
 def dictionary_names(given: list[str] | None, model: str | None) -> list[str]:

@@ -14,23 +14,6 @@ import typer
 
 T = TypeVar("T")
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", help="Checkpoint folder or hub name; without it Atlas, the bundled model."
-    ),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="float32, bfloat16, float16 or float64.", show_default="float32; in 8-bit float16"
-    ),
-]
-EightBitOption = Annotated[
-    bool,
-    typer.Option("--load-in-8bit", help="Matrices as bitsandbytes' LLM.int8, on hook points."),
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")]
 SegmentsOption = Annotated[
     str, typer.Option(help="full, thirds, layers, or a number of even segments.")
 ]
@@ -48,6 +31,37 @@ ChatOption = Annotated[bool, typer.Option(help="Wrap questions in the tokenizer'
 StorageOption = Annotated[
     str | None, typer.Option(help="Optuna storage URL that gets every finished study.")
 ]
+
+
+def recipe_of(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or hub name; without it Atlas, the bundled model."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16 or float64.",
+            show_default="float32; in 8-bit float16",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, balanced or sequential: blocks over several GPUs, on hook points; in the "
+            "place of --device."
+        ),
+    ] = None,
+    load_in_8bit: Annotated[
+        bool,
+        typer.Option("--load-in-8bit", help="Matrices as bitsandbytes' LLM.int8, on hook points."),
+    ] = False,
+) -> Any:
+    """The options of every command that opens a model, as a recipe of it."""
+    from fusion_lens.recipes import Recipe
+
+    return Recipe(model, dtype, device, load_in_8bit, device_map)
 
 
 def settings_of(
@@ -182,16 +196,29 @@ def given(config: T, **options: Any) -> T:
     return replace(config, **{name: value for name, value in options.items() if value is not None})  # type: ignore[type-var]
 
 
-def with_settings(command: Callable[..., int]) -> Callable[..., int]:
-    """The command with the options of `settings_of` in the place of its parameter `settings`."""
-    own = inspect.signature(command, eval_str=True).parameters
-    shared = inspect.signature(settings_of, eval_str=True).parameters
+def with_options(
+    **makers: Callable[..., Any],
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """The command with the options of a function in the place of the parameter that takes what it
+    makes: `with_options(settings=settings_of)`. They stand after the command's own."""
+    shared = {
+        name: inspect.signature(maker, eval_str=True).parameters for name, maker in makers.items()
+    }
 
-    def wrapped(**options: Any) -> int:
-        settings = settings_of(**{name: options.pop(name) for name in shared})
-        return command(**options, settings=settings)
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = inspect.signature(command, eval_str=True).parameters
 
-    kept = [parameter for name, parameter in own.items() if name != "settings"]
-    wrapped.__signature__ = inspect.Signature([*kept, *shared.values()])  # type: ignore[attr-defined]
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    return wrapped
+        def wrapped(**options: Any) -> int:
+            made = {
+                name: maker(**{option: options.pop(option) for option in shared[name]})
+                for name, maker in makers.items()
+            }
+            return command(**options, **made)
+
+        kept = [parameter for name, parameter in own.items() if name not in makers]
+        added = [parameter for each in shared.values() for parameter in each.values()]
+        wrapped.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        return wrapped
+
+    return decorate

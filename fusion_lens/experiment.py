@@ -137,7 +137,7 @@ def run(
                 "pool_sha256": questions_digest(pool),
                 "donors_sha256": questions_digest(donors) if config.lends else None,
                 "judge": {"name": judge.name, "grade": judge.grade},
-                "explained": has.explains,
+                **has.content,
                 "settings": _deciding(settings),
             }
             kept = stack.enter_context(RunFolder(out, identity, existing=existing))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -98,19 +98,28 @@ def load_model(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     load_in_8bit: bool = False,
+    device_map: str | Mapping[str, str | int] | None = None,
 ) -> HookedModel:
     """Open a model as a `TransformerBridge` with unprocessed weights.
 
     None is Atlas, the model that ships with the package; else a local checkpoint folder or a hub
     name. With `load_in_8bit` the matrices inside the blocks are bitsandbytes' LLM.int8 (also on a
     CPU), and `dtype` is that of everything else. Without a `dtype`: float32, or float16 in 8-bit,
-    which is what LLM.int8 multiplies in.
+    which is what LLM.int8 multiplies in. `device_map` spreads the blocks over several devices, in
+    the place of `device`: "auto", "balanced", or modules and where they go, as `from_pretrained`
+    takes it. Such a model is run by its hook points.
 
     Raises:
-        ModelError: if it cannot be found or opened, or `dtype` is no floating torch dtype.
+        ModelError: if it cannot be found or opened, `dtype` is no floating torch dtype, or both
+            `device` and `device_map` are given.
         MissingExtraError: if `load_in_8bit` is set and bitsandbytes is not installed.
     """
     torch_dtype = _floating(dtype or ("float16" if load_in_8bit else "float32"))
+    if device is not None and device_map is not None:
+        raise ModelError(
+            f"a model is on one device or spread by a map, but got {device!r} and {device_map!r}; "
+            "leave one out."
+        )
     given = str(CHECKPOINT if name_or_path is None else name_or_path)
     source = find_checkpoint(given, revision)
     if load_in_8bit and find_spec("bitsandbytes") is None:
@@ -121,9 +130,10 @@ def load_model(
     from transformers import AutoTokenizer
 
     with opening(str(name_or_path), local=Path(source).is_dir()):
-        options: dict[str, Any] = {"device": device, "dtype": torch_dtype}
+        options: dict[str, Any] = {"device": device, "dtype": torch_dtype, "device_map": device_map}
         if load_in_8bit:
-            options = {"hf_model": _quantised(source, revision, device, torch_dtype)}
+            placed = device_map or device or _default_device()
+            options = {"hf_model": _quantised(source, revision, placed, torch_dtype)}
         model = TransformerBridge.boot_transformers(
             source,
             # left out, it means that transformers asks at the terminal
@@ -241,6 +251,17 @@ def identify(model: HookedModel) -> ModelIdentity:
         weights=weights,
         embedding=embedding,
     )
+
+
+def weights_digest(tensors: Iterable[Tensor]) -> str:
+    """A SHA-256 over tensors as `ModelIdentity` has it: shapes, and numbers rounded to bfloat16, of
+    large tensors an even sample."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        sample = _sampled(tensor).to("cpu", torch.bfloat16).contiguous()
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_layer_normed(model: HookedModel) -> bool:
@@ -366,7 +387,7 @@ def _quiet_import() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _quantised(source: str, revision: str | None, device: str | None, dtype: torch.dtype) -> Any:
+def _quantised(source: str, revision: str | None, device_map: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     return AutoModelForCausalLM.from_pretrained(
@@ -374,7 +395,7 @@ def _quantised(source: str, revision: str | None, device: str | None, dtype: tor
         revision=revision,
         dtype=dtype,
         quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        device_map=device or _default_device(),
+        device_map=device_map,
         trust_remote_code=False,
     )
 
@@ -452,18 +473,9 @@ def _digests(model: Any) -> tuple[str, str]:
     )
     known = _DIGESTS.get(model)
     if known is None or known[0] != state:
-        weights, embedding = hashlib.sha256(), hashlib.sha256()
-        for parameter in parameters:
-            _hash_into(weights, parameter)
-        _hash_into(embedding, model.W_E)
-        known = _DIGESTS[model] = state, (weights.hexdigest(), embedding.hexdigest())
+        digests = weights_digest(parameters), weights_digest([model.W_E])
+        known = _DIGESTS[model] = state, digests
     return known[1]
-
-
-def _hash_into(digest: Any, parameter: Tensor) -> None:
-    sample = _sampled(parameter).to("cpu", torch.bfloat16).contiguous()
-    digest.update(str(tuple(parameter.shape)).encode())
-    digest.update(sample.view(torch.uint8).numpy().tobytes())
 
 
 def _sampled(parameter: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusion_lens.activations import padded_length, same_shape
-from fusion_lens.models import load_text_model
+from fusion_lens.models import load_text_model, weights_digest
 
 WINDOW = 512
 _ROWS = 8
@@ -56,6 +57,11 @@ class PerplexityModel:
     ) -> None:
         self._model, self._tokenizer = load_text_model(name_or_path, device=device, dtype=dtype)
         self.name = Path(name_or_path).name if Path(name_or_path).exists() else str(name_or_path)
+
+    @cached_property
+    def weights(self) -> str:
+        """Its digest, as `ModelIdentity.weights`."""
+        return weights_digest(self._model.parameters())
 
     @property
     def n_ctx(self) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fusion_lens.atlas import CHECKPOINT
 from fusion_lens.models import HookedModel, load_model
 from fusion_lens.perplexity import PerplexityModel
-from fusion_lens.shelves import explainer, open_dictionaries
+from fusion_lens.shelves import Explainer, open_dictionaries
 from fusion_lens.workers import Worker
 
 
@@ -21,6 +21,7 @@ class Recipe:
     dtype: str | None = None
     device: str | None = None
     load_in_8bit: bool = False
+    device_map: str | None = None
     fluency: str | None = None
     dictionaries: tuple[str, ...] = ()
 
@@ -34,7 +35,11 @@ class Recipe:
             ModelError: if it cannot be opened.
         """
         return load_model(
-            self.model, dtype=self.dtype, device=self.device, load_in_8bit=self.load_in_8bit
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            load_in_8bit=self.load_in_8bit,
+            device_map=self.device_map,
         )
 
     def worker(self, model: HookedModel) -> Worker:
@@ -46,9 +51,8 @@ class Recipe:
         """
         fluency = open_perplexity(self.fluency, self.device)
         shelved = open_dictionaries(self.dictionaries, model)
-        return Worker(
-            model, fluency=fluency, explain=explainer(model, shelved) if shelved else None
-        )
+        explain = Explainer(model, shelved) if shelved else None
+        return Worker(model, fluency=fluency, explain=explain)
 
 
 def open_perplexity(source: str | None, device: str | None) -> PerplexityModel | None:

@@ -8,7 +8,7 @@ or `save_crosscoder` wrote, or RELEASE/ID as sae-lens names it. Labels lie besid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fusion_lens.crosscoder_files import load_crosscoder
 from fusion_lens.dictionaries import Dictionary, fit_to_model
 from fusion_lens.errors import InputFileError
 from fusion_lens.feature_labels import published_labels
-from fusion_lens.models import HookedModel
+from fusion_lens.models import HookedModel, weights_digest
 from fusion_lens.saes import load_sae
 from fusion_lens.teacher_forcing import Text
 from fusion_lens.typed_json import parsed
@@ -88,20 +88,28 @@ def labels_of(shelved: Sequence[Shelved], found: Attribution, k: int) -> dict[st
     return made
 
 
-def explainer(
-    model: HookedModel, shelved: Sequence[Shelved], k: int = 10
-) -> Callable[[Sequence[Text]], list[list[FeatureEffect]]]:
-    """A function that tells the `k` largest features of what each text's plan injects, with their
-    labels."""
-    dictionaries = [each.dictionary for each in shelved]
+@dataclass(frozen=True, slots=True)
+class Explainer:
+    """Tells the `k` largest features of what each text's plan injects, with their labels."""
 
-    def explain(texts: Sequence[Text]) -> list[list[FeatureEffect]]:
+    model: HookedModel
+    shelved: Sequence[Shelved]
+    k: int = 10
+
+    def __call__(self, texts: Sequence[Text]) -> list[list[FeatureEffect]]:
+        dictionaries = [each.dictionary for each in self.shelved]
         return [
-            found.top(k, labels_of(shelved, found, k))
-            for found in attribute(model, dictionaries, texts)
+            found.top(self.k, labels_of(self.shelved, found, self.k))
+            for found in attribute(self.model, dictionaries, texts)
         ]
 
-    return explain
+    @property
+    def content(self) -> dict[str, str]:
+        """Every dictionary's name, with the digest of its directions."""
+        return {
+            each.dictionary.card.name: weights_digest([each.dictionary.decoder])
+            for each in self.shelved
+        }
 
 
 def read_labels(folder: Path) -> dict[int, Label]:

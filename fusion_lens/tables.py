@@ -51,6 +51,12 @@ class Section:
             table.add_row(*map(_rich, row))
         return Group(Text(self.title), table, *map(Text, self.notes))
 
+    def show(self) -> None:
+        """Print it on the terminal."""
+        from rich.console import Console
+
+        Console().print(self.to_rich())
+
     def to_markdown(self) -> str:
         """The table alone."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]

@@ -9,10 +9,10 @@ of one question; the rest goes on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -52,13 +52,13 @@ _UNMEASURED = Reach(None, 0, None, 0, None)
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a worker has: its model, what measures perplexity (None: the model itself), and how many
-    threads it computes with."""
+    """What a worker has: its model, what measures perplexity (None: the model itself), how many
+    threads it computes with, and what else its results depend on, by content."""
 
     model: ModelIdentity
     fluency: str | None
-    explains: bool
     threads: int
+    content: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +162,14 @@ class Worker:
 
     def describe(self) -> Description:
         """What it has."""
-        fluency = None if self._fluency is None else self._fluency.name
-        threads = torch.get_num_threads()
-        return Description(identify(self.model), fluency, self._explain is not None, threads)
+        fluency, explain = self._fluency, self._explain
+        content = {
+            "perplexity_weights": None if fluency is None else fluency.weights,
+            # of a function nobody knows more than that it is there
+            "explained": getattr(explain, "content", explain is not None),
+        }
+        name = None if fluency is None else fluency.name
+        return Description(identify(self.model), name, torch.get_num_threads(), content)
 
     def shaped(self, setup: Setup, pool: Sequence[Question]) -> Setup:
         """The same with numbers for slots, cache length and room that serve all these questions.

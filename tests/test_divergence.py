@@ -83,6 +83,10 @@ def test_what_is_measured_does_not_depend_on_what_else_is(
     plan = strong_plan(tiny)
     assert kl_unrelated(tiny, texts, [plan * 0.5, plan])[1] == kl_unrelated(tiny, texts, [plan])[0]
     assert kl_unrelated(tiny, texts, []) == []
+    told: list[int] = []
+    kl_unrelated(tiny, texts, [plan, (5, 6)], progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 2 * len(texts)
     with pytest.raises(ConfigError, match="at least one unrelated text"):
         kl_unrelated(tiny, [], [plan])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from kinds import gate_of
 
 import fusion_lens.experiment as experiment
@@ -22,6 +23,7 @@ from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.methods.dsas import FittedGate
 from fusion_lens.models import HookedModel, identify, load_model
+from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import load_plan
 from fusion_lens.plans import Step
 from fusion_lens.preparation import TuningConfig
@@ -430,6 +432,40 @@ def test_a_run_goes_on_only_as_what_it_was(tiny, other_folder, tmp_path) -> None
         run(tiny, QUESTIONS, config, out=tmp_path)
     again = run(tiny, QUESTIONS[:2], config, out=tmp_path, existing="overwrite")
     assert [record.question_id for record in again.records] == ["a", "b"]
+
+
+def test_a_run_goes_on_only_with_the_perplexity_model_and_dictionaries_it_had(
+    tiny, gpt2_folder, tmp_path
+) -> None:
+    config = ExperimentConfig(arms=("baseline",), tuning=QUICK, reach=False)
+    fluency = PerplexityModel(gpt2_folder)
+    run(tiny, QUESTIONS, config, fluency=fluency, out=tmp_path)
+    assert run(tiny, QUESTIONS, config, fluency=fluency, out=tmp_path, existing="resume").summary[
+        "resumed"
+    ]
+    trained = PerplexityModel(gpt2_folder)
+    with torch.no_grad():
+        next(trained._model.parameters()).mul_(1.1)
+    for changes, says in (
+        ({"fluency": trained}, "perplexity_weights was "),
+        ({"fluency": fluency, "explain": lambda texts: [()] * len(texts)}, "explained was False"),
+    ):
+        with pytest.raises(ResumeError, match=says):
+            run(tiny, QUESTIONS, config, out=tmp_path, existing="resume", **changes)
+
+
+def test_progress_counts_trials_samples_and_reach_of_all_questions(tiny) -> None:
+    told: list[tuple[str, int, int]] = []
+    arms = ("baseline", "best_of_n", "answer_in_prompt", "segmented")
+    config = ExperimentConfig(arms=arms, tuning=QUICK, block_size=2)
+    asked = [replace(q, paraphrases=("Who was it?", "And who?")) for q in QUESTIONS]
+    run(tiny, asked, config, progress=lambda *own: told.append(own))
+    for stage, total in (("preparing", 3), ("trials", 2 * 6 * 3), ("reach", 4 * 3)):
+        done = [done for own, done, _ in told if own == stage]
+        assert done == sorted(set(done))
+        assert {total for own, _, total in told if own == stage} == {total}
+        assert done[-1] == total
+        assert len(done) > 3
 
 
 def test_a_question_that_makes_the_work_fail_is_found_and_the_rest_goes_on(

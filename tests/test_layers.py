@@ -66,6 +66,10 @@ LAYERS = (
     {"protocols", "feature_report", "shelves", "report_page", "ray_engine"},
     {"recipes"},
     {"cli_options", "cli_inputs"},
+    {
+        *{"commands", "commands.running", "commands.tuning", "commands.features"},
+        *{"commands.questions", "commands.comparing"},
+    },
     {"cli"},
 )
 LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
@@ -74,7 +78,9 @@ LAYER = {name: i for i, row in enumerate(LAYERS) for name in row}
 ATLAS_USERS = {
     "shelves": {"atlas"},
     "models": {"atlas"},
-    "cli": {"atlas", "atlas.questions"},
+    "commands.comparing": {"atlas"},
+    "commands.questions": {"atlas.questions"},
+    "commands.running": {"atlas"},
     "cli_inputs": {"atlas"},
     "recipes": {"atlas"},
 }
@@ -108,10 +114,13 @@ DOORS = {
         *{"report_page", "method_plots", "front_plots"},
     },
     "jinja2": {"report_page"},
-    "rich": {"tables", "results", "cli"},
+    "rich": {"tables", "results"},
     "tqdm": {"progress"},
     "ipywidgets": {"panel"},
-    "typer": {"cli", "cli_options"},
+    "typer": {
+        *{"cli", "cli_options", "commands.running", "commands.tuning", "commands.features"},
+        *{"commands.questions", "commands.comparing"},
+    },
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
     "huggingface_hub": {"hub"},

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from fusion_lens.ray_engine import RayEngine
 from fusion_lens.recipes import Recipe
 from fusion_lens.results import load_results
 from fusion_lens.search import SearchConfig
-from fusion_lens.workers import Solved, Task, Worker
+from fusion_lens.workers import Setup, Solved, Task, Worker
 
 ray: Any = pytest.importorskip("ray", reason="Ray is an extra of its own")
 
@@ -48,11 +49,12 @@ QUESTIONS = [
 @dataclass(frozen=True)
 class Cursed:
     """A worker of the tiny model that dies over one question, or over its first tasks: as many as
-    there are in `lives`, a folder with a file for each."""
+    there are in `lives`, a folder with a file for each. It rests some seconds over a question."""
 
     recipe: Recipe
     question: str | None = None
     lives: str | None = None
+    rest: float = 0.0
 
     def __call__(self) -> Worker:
         return _Cursed(self.recipe.opened(), self)
@@ -70,6 +72,7 @@ class _Cursed(Worker):
             for life in Path(self._curse.lives).iterdir():
                 life.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self._curse.rest * len({name for name, _ in task.pairs}))
         return super().solve(task, progress)
 
 
@@ -126,10 +129,38 @@ def test_two_workers_give_what_one_process_gives_byte_for_byte(
     threads = [each["summary"]["provenance"].pop("threads") for each in (found, expected)]
     assert threads[0] == 1
     assert found == expected
-    trials = [done for stage, done, _ in told if stage == "trials"]
-    assert trials == sorted(trials)
-    assert (trials[-1], told[-1][2]) == (72, 72)
-    assert [done for stage, done, _ in told if stage == "preparing"] == [0, 1, 2, 3, 4]
+    for stage, total in (("trials", 72), ("reach", 16)):
+        done = [done for own, done, _ in told if own == stage]
+        assert done == sorted(done)
+        assert (done[-1], {total for own, _, total in told if own == stage}) == (total, {total})
+    assert [done for stage, done, _ in told if stage == "preparing"] == [0, 2, 4]
+
+
+def test_two_workers_do_more_than_one_and_a_half_times_as_much_as_one(
+    started: None, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Their work is waiting, so that it does not depend on the cores that there are; `make
+    bench-ray` has them compute."""
+    seconds = {}
+    for workers in (1, 2):
+        with RayEngine(Cursed(recipe, rest=1.0), workers=workers) as engine:
+            engine.describe()
+            engine._ask("home")
+            began = time.perf_counter()
+            config = replace(CONFIG, arms=("baseline",), reach=False)
+            run(engine, QUESTIONS, config, out=tmp_path / str(workers), progress=False)
+            seconds[workers] = time.perf_counter() - began
+    assert 4.0 < seconds[1] > 1.6 * seconds[2]
+
+
+def test_blocks_keep_the_slots_full(started: None, recipe: Recipe) -> None:
+    shaped = replace(CONFIG.tuning.generation, slots=96)
+    config = replace(CONFIG, tuning=replace(CONFIG.tuning, generation=shaped))
+    with RayEngine(recipe, workers=2) as engine:
+        engine._setup = Setup(config, None, None)
+        # 96 slots hold what 3 arms ask for 11 questions; twice that, as rows end early
+        assert [engine.block_size(64, n) for n in (1, 8, 80, 400)] == [1, 4, 22, 50]
+        assert engine.block_size(16, 400) == 16
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_twice(

@@ -12,10 +12,10 @@ from fusion_lens.atlas import DICTIONARIES
 from fusion_lens.attribution import attribute
 from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
 from fusion_lens.errors import DictionaryError, InputFileError
-from fusion_lens.models import HookedModel
+from fusion_lens.models import HookedModel, weights_digest
 from fusion_lens.plans import make_plan
 from fusion_lens.prompts import question_prompt
-from fusion_lens.shelves import Label, Shelved, explainer, open_dictionaries, read_labels
+from fusion_lens.shelves import Explainer, Label, Shelved, open_dictionaries, read_labels
 from fusion_lens.teacher_forcing import Text
 
 SAE = DICTIONARIES / "sae_layer_2"
@@ -123,7 +123,11 @@ def test_an_explainer_gives_the_largest_features_with_their_labels(atlas: Hooked
     plan = make_plan(deltas_of(atlas), 0.5)
     text = Text(question_prompt(atlas, "Who wrote the red book?"), (40, 41), plan)
     (found,) = attribute(atlas, [shelved[0].dictionary], [text])
-    (features,) = explainer(atlas, shelved, k=3)([text])
+    explain = Explainer(atlas, shelved, k=3)
+    (features,) = explain([text])
     assert features == found.top(3, {"crosscoder": shelved[0].texts})
     assert len(features) == 3
     assert any(each.label for each in features)
+    decoder = shelved[0].dictionary.decoder
+    assert explain.content == {"crosscoder": weights_digest([decoder])}
+    assert weights_digest([decoder]) != weights_digest([decoder * 1.1])

@@ -75,7 +75,10 @@ def reached(tiny: HookedModel, plan):
             replace(plain, arm="best_of_n", n_samples=3),
         ]
         unrelated = [tokenize(tiny, "Once there was a cat."), tokenize(tiny, "Tom went home.")]
-        made = measure(bench, chosen, unrelated)
+        told: list[int] = []
+        made = measure(bench, chosen, unrelated, progress=told.append)
+        assert told == sorted(told)
+        assert (told[-1], len(set(told)) > 3) == (len(chosen), True)
         without = measure(bench, chosen[:2], [])
     return question, dict(zip([c.arm for c in chosen], made, strict=True)), without, unrelated
 

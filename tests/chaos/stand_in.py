@@ -67,7 +67,7 @@ class StandIn:
         self._backwards = backwards
 
     def describe(self) -> Description:
-        return Description(IDENTITY, None, explains=False, threads=1)
+        return Description(IDENTITY, None, threads=1, content={})
 
     def set_up(self, setup: Setup, pool: Sequence[Question]) -> Setup:
         return setup
