@@ -31,8 +31,9 @@ from fusion_lens.search import SearchConfig
 FOLDER = Path(__file__).parent
 PAIRS = 5
 CONFIG = ExperimentConfig(
+    arms=("baseline", "full", "segmented"),
     tuning=TuningConfig(
-        search=SearchConfig(trials=10), generation=GenerationConfig(max_new_tokens=48, slots=64)
+        search=SearchConfig(trials=20), generation=GenerationConfig(max_new_tokens=48, slots=64)
     ),
     reach=False,
 )
@@ -48,7 +49,7 @@ def seconds(engine: RayEngine, questions: list[Question]) -> float:
 
 def main() -> None:
     """Measure, write, print."""
-    questions = select_questions(load_questions(QUESTIONS), split="test", limit=48)
+    questions = select_questions(load_questions(QUESTIONS), split="test", limit=64)
     quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
     ray.init("local", num_cpus=4, **quiet)
     with RayEngine(Recipe(), workers=1) as one, RayEngine(Recipe(), workers=2) as two:

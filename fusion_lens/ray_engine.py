@@ -27,7 +27,8 @@ from fusion_lens.workers import Description, InWork, Setup, Solved, Task, Worker
 
 _LOG = logging.getLogger(__name__)
 _BLOCKS_EACH = 4
-"""Tasks for each actor at least, so that none waits long for the last."""
+"""Tasks for each actor, so that none waits long for the last, where they are many."""
+_FILLS = 8
 _TOGETHER, _ALONE = 2, 5
 """How often a task may lose its actor before it is halved, and when it is of one question."""
 _PAUSE = 1.0
@@ -115,10 +116,12 @@ class RayEngine:
 
     def block_size(self, asked: int, n_questions: int) -> int:
         """As asked, or fewer where some would have none; few enough to end at one time, but no
-        fewer than keep the slots of a worker full."""
+        fewer than keep the slots of a worker full; and all workers have as many blocks."""
         n = len(self._actors)
-        together = max(-(-n_questions // (_BLOCKS_EACH * n)), self._filling())
-        return max(1, min(asked, -(-n_questions // n), together))
+        wanted = max(-(-n_questions // (_BLOCKS_EACH * n)), self._filling())
+        size = max(1, min(asked, -(-n_questions // n), wanted))
+        each = max(-(-n_questions // (asked * n)), round(n_questions / (size * n)), 1)
+        return -(-n_questions // (each * n))
 
     def prepare(self, blocks: Iterable[Sequence[Question]]) -> Iterator[Ready]:
         """See `Engine`."""
@@ -191,12 +194,13 @@ class RayEngine:
                 yield job, made
 
     def _filling(self) -> int:
-        """Questions whose rows fill all slots twice over: idle slots cost as much as busy ones."""
+        """Questions whose rows fill all slots some times over: idle slots cost as much as busy
+        ones, and there are some at the end of every round."""
         if self._setup is None:
             return 1
         config = self._setup.config
         rows = config.tuning.search.round_size * max(1, len(config.tuned_arms))
-        return -(-2 * (config.tuning.generation.slots or 1) // rows)
+        return -(-_FILLS * (config.tuning.generation.slots or 1) // rows)
 
     def _fitting(self, workers: int) -> int:
         """As many as asked for, or as there is room for."""

@@ -465,7 +465,7 @@ def test_progress_counts_trials_samples_and_reach_of_all_questions(tiny) -> None
         assert done == sorted(set(done))
         assert {total for own, _, total in told if own == stage} == {total}
         assert done[-1] == total
-        assert len(done) > 3
+        assert len(done) > (2 if stage == "preparing" else 3)
 
 
 def test_a_question_that_makes_the_work_fail_is_found_and_the_rest_goes_on(

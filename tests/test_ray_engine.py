@@ -158,8 +158,9 @@ def test_blocks_keep_the_slots_full(started: None, recipe: Recipe) -> None:
     config = replace(CONFIG, tuning=replace(CONFIG.tuning, generation=shaped))
     with RayEngine(recipe, workers=2) as engine:
         engine._setup = Setup(config, None, None)
-        # 96 slots hold what 3 arms ask for 11 questions; twice that, as rows end early
-        assert [engine.block_size(64, n) for n in (1, 8, 80, 400)] == [1, 4, 22, 50]
+        # 3 rows under each of 3 arms: 86 questions fill 96 slots 8 times
+        sizes = [engine.block_size(100, n) for n in (1, 8, 80, 400, 500, 2000)]
+        assert sizes == [1, 4, 40, 100, 84, 100]
         assert engine.block_size(16, 400) == 16
 
 
@@ -221,7 +222,7 @@ def test_there_are_no_more_workers_than_there_is_room_for(
     with RayEngine(recipe, workers=3, threads=2) as engine:
         assert engine.workers == 2
         # a task for each, and some to spare
-        assert [engine.block_size(64, n) for n in (1, 8, 9, 80, 10_000)] == [1, 1, 2, 10, 64]
+        assert [engine.block_size(64, n) for n in (1, 8, 9, 80, 10_000)] == [1, 1, 3, 10, 64]
     assert caplog.messages == ["there is room for 2 of 3 workers; the run has those"]
 
 
