@@ -78,7 +78,7 @@ def run(
     come from it, so that another selection gives the same numbers. `donors` lend their deltas to
     control arms: all questions of the split. Without them both are `questions`. `judge` labels
     what every arm chose (None: by spelling and value). `fluency` measures perplexity (None: the
-    unsteered model itself). `explain` tells the features of a plan (`shelves.explainer`). `gate` is
+    unsteered model itself). `explain` tells the features of a plan (`shelves.Explainer`). `gate` is
     that of the gated arm, fitted on other questions (`question_gates`). `source`
     tells where the questions are from and `command` what was typed, for the provenance. `progress`
     as in `tune`.

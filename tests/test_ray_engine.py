@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -13,67 +12,50 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_runs import CONFIG, QUESTIONS, comparable
 
 from fusion_lens import ray_engine
 from fusion_lens.errors import ConfigError, ModelError
 from fusion_lens.experiment import run
-from fusion_lens.experiment_config import ExperimentConfig
-from fusion_lens.generation import GenerationConfig
 from fusion_lens.models import HookedModel
-from fusion_lens.preparation import TuningConfig
-from fusion_lens.questions import Question
 from fusion_lens.ray_engine import RayEngine
 from fusion_lens.recipes import Recipe
-from fusion_lens.results import load_results
-from fusion_lens.search import SearchConfig
 from fusion_lens.workers import Setup, Solved, Task, Worker
 
 ray: Any = pytest.importorskip("ray", reason="Ray is an extra of its own")
 
-CONFIG = ExperimentConfig(
-    arms=("baseline", "segmented", "generic", "mismatched"),
-    tuning=TuningConfig(
-        search=SearchConfig(trials=6, round_size=3, high=6.0),
-        generation=GenerationConfig(max_new_tokens=8),
-        explanation_tokens=6,
-    ),
-)
-QUESTIONS = [
-    Question("a", "Who wrote the red book?", "Ada Lovelace", subject="book"),
-    Question("b", "When was it written?", "in 1843", subject="book"),
-    Question("c", "When was Tom born?", "3 May 1901", subject="Tom"),
-    Question("d", "Where is the harbour?", "in the north", subject="harbour"),
-]
-
 
 @dataclass(frozen=True)
 class Cursed:
-    """A worker of the tiny model that dies over one question, or over its first tasks: as many as
-    there are in `lives`, a folder with a file for each. It rests some seconds over a question."""
+    """A worker of the tiny model under what lies in a folder when it is given a task: every file
+    "life..." costs a life, once; "fatal" holds a question's id; "rest" how long it rests over a
+    question, in seconds."""
 
     recipe: Recipe
-    question: str | None = None
-    lives: str | None = None
-    rest: float = 0.0
+    folder: str
 
     def __call__(self) -> Worker:
-        return _Cursed(self.recipe.opened(), self)
+        return _Cursed(self.recipe.opened(), Path(self.folder))
 
 
 class _Cursed(Worker):
-    def __init__(self, model: HookedModel, curse: Cursed) -> None:
+    def __init__(self, model: HookedModel, folder: Path) -> None:
         super().__init__(model)
-        self._curse = curse
+        self._folder = folder
 
     def solve(self, task: Task, progress: Any = None) -> Solved:
-        if self._curse.question in {name for name, _ in task.pairs}:
+        names = {name for name, _ in task.pairs}
+        if self._told("fatal") in names:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self._curse.lives is not None:
-            for life in Path(self._curse.lives).iterdir():
-                life.unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self._curse.rest * len({name for name, _ in task.pairs}))
+        for life in self._folder.glob("life*"):
+            life.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(self._told("rest") or 0) * len(names))
         return super().solve(task, progress)
+
+    def _told(self, name: str) -> str | None:
+        path = self._folder / name
+        return path.read_text("utf-8") if path.is_file() else None
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +64,7 @@ def started() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
-    ray.init("local", num_cpus=4, **quiet)
+    ray.init("local", num_cpus=8, **quiet)
     yield
     ray.shutdown()
 
@@ -93,6 +75,29 @@ def recipe(tiny_folder: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
+def curses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("curses")
+
+
+@pytest.fixture(scope="module")
+def pair(started: None, recipe: Recipe, curses: Path) -> Iterator[RayEngine]:
+    """Two workers whose models are open: to open them takes longer than any test."""
+    with RayEngine(Cursed(recipe, str(curses)), workers=2) as engine:
+        ray.get([actor.describe.remote() for actor in engine._actors])
+        yield engine
+
+
+@pytest.fixture
+def single(pair: RayEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayEngine]:
+    """The first of the two alone."""
+    both = pair._actors
+    pair._actors = both[:1]
+    yield pair
+    # it may have been replaced
+    pair._actors = [*pair._actors, *both[1:]]
+
+
+@pytest.fixture(scope="module")
 def alone(tiny: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in this process."""
     folder = tmp_path_factory.mktemp("alone")
@@ -100,31 +105,12 @@ def alone(tiny: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def comparable(folder: Path) -> dict[str, Any]:
-    """All that a run wrote, without times."""
-    lines = [
-        json.loads(line) | {"seconds": 0, "crc32": ""}
-        for line in (folder / "results.jsonl").read_bytes().splitlines()
-    ]
-    summary = load_results(folder).summary
-    for name in ("seconds", "resumed"):
-        summary[name] = 0
-    plans = {path.name: path.read_bytes() for path in (folder / "plans").iterdir()}
-    return {
-        "lines": lines,
-        "summary": summary,
-        "plans": plans,
-        "details": (folder / "details.jsonl").read_bytes(),
-    }
-
-
 def test_two_workers_give_what_one_process_gives_byte_for_byte(
-    started: None, recipe: Recipe, alone: Path, tmp_path: Path
+    pair: RayEngine, alone: Path, tmp_path: Path
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    with RayEngine(recipe, workers=2) as engine:
-        assert engine.describe().threads == 1
-        run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=lambda *own: told.append(own))
+    assert pair.describe().threads == 1
+    run(pair, QUESTIONS, CONFIG, out=tmp_path, progress=lambda *own: told.append(own))
     found, expected = comparable(tmp_path), comparable(alone)
     threads = [each["summary"]["provenance"].pop("threads") for each in (found, expected)]
     assert threads[0] == 1
@@ -136,65 +122,67 @@ def test_two_workers_give_what_one_process_gives_byte_for_byte(
     assert [done for stage, done, _ in told if stage == "preparing"] == [0, 2, 4]
 
 
+def seconds(engine: RayEngine, out: Path) -> float:
+    """What a run takes."""
+    began = time.perf_counter()
+    config = replace(CONFIG, arms=("baseline",), reach=False)
+    run(engine, QUESTIONS, config, out=out, progress=False)
+    return time.perf_counter() - began
+
+
 def test_two_workers_do_more_than_one_and_a_half_times_as_much_as_one(
-    started: None, recipe: Recipe, tmp_path: Path
+    pair: RayEngine, request: pytest.FixtureRequest, curses: Path, tmp_path: Path
 ) -> None:
     """Their work is waiting, so that it does not depend on the cores that there are; `make
     bench-ray` has them compute."""
-    seconds = {}
-    for workers in (1, 2):
-        with RayEngine(Cursed(recipe, rest=1.0), workers=workers) as engine:
-            engine.describe()
-            engine._ask("home")
-            began = time.perf_counter()
-            config = replace(CONFIG, arms=("baseline",), reach=False)
-            run(engine, QUESTIONS, config, out=tmp_path / str(workers), progress=False)
-            seconds[workers] = time.perf_counter() - began
-    assert 4.0 < seconds[1] > 1.6 * seconds[2]
+    (curses / "rest").write_text("1.0", "utf-8")
+    both = seconds(pair, tmp_path / "both")
+    one = seconds(request.getfixturevalue("single"), tmp_path / "one")
+    (curses / "rest").unlink()
+    assert one > 4.0
+    assert one > 1.6 * both
 
 
-def test_blocks_keep_the_slots_full(started: None, recipe: Recipe) -> None:
+def test_blocks_keep_the_slots_full(pair: RayEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     shaped = replace(CONFIG.tuning.generation, slots=96)
     config = replace(CONFIG, tuning=replace(CONFIG.tuning, generation=shaped))
-    with RayEngine(recipe, workers=2) as engine:
-        engine._setup = Setup(config, None, None)
-        # 3 rows under each of 3 arms: 86 questions fill 96 slots 8 times
-        sizes = [engine.block_size(100, n) for n in (1, 8, 80, 400, 500, 2000)]
-        assert sizes == [1, 4, 40, 100, 84, 100]
-        assert engine.block_size(16, 400) == 16
+    monkeypatch.setattr(pair, "_setup", Setup(config, None, None))
+    # 3 rows under each of 3 arms: 86 questions fill 96 slots 8 times
+    sizes = [pair.block_size(100, n) for n in (1, 8, 80, 400, 500, 2000)]
+    assert sizes == [1, 4, 40, 100, 84, 100]
+    assert pair.block_size(16, 400) == 16
+    monkeypatch.setattr(pair, "_setup", None)
+    # a task for each, and some to spare
+    assert [pair.block_size(64, n) for n in (1, 8, 9, 80, 10_000)] == [1, 1, 3, 10, 64]
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_twice(
-    started: None,
-    recipe: Recipe,
-    alone: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    single: RayEngine, curses: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The only one there is, while it works."""
-    (tmp_path / "lives").mkdir()
-    (tmp_path / "lives" / "first").touch()
-    with RayEngine(Cursed(recipe, lives=str(tmp_path / "lives")), workers=1) as engine:
-        run(engine, QUESTIONS, CONFIG, out=tmp_path / "run", progress=False)
-    assert comparable(tmp_path / "run")["lines"] == comparable(alone)["lines"]
+    (curses / "life").touch()
+    run(single, QUESTIONS, CONFIG, out=tmp_path, progress=False)
+    assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]
     assert [record.message.split(":")[0] for record in caplog.records] == [
         "worker 1 of 1 died and is replaced"
     ]
 
 
 def test_a_question_that_kills_whoever_takes_it_is_a_failure_and_the_rest_goes_on(
-    started: None, recipe: Recipe, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: RayEngine, curses: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engine, "_ALONE", 2)
-    with RayEngine(Cursed(recipe, question="b"), workers=1) as engine:
-        results = run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=False)
+    monkeypatch.setattr(ray_engine, "_ALONE", 1)
+    (curses / "fatal").write_text("b", "utf-8")
+    config = replace(CONFIG, block_size=1)
+    results = run(single, QUESTIONS, config, out=tmp_path, progress=False)
+    (curses / "fatal").unlink()
     expected = [line for line in comparable(alone)["lines"] if line["question_id"] != "b"]
     assert comparable(tmp_path)["lines"] == expected
     failures = results.summary["failures"]
     assert [(own["question_id"], own["arm"]) for own in failures] == [
         ("b", arm) for arm in CONFIG.arms
     ]
-    assert failures[0]["message"].startswith("a question must leave its worker alive, but 2 died")
+    assert failures[0]["message"].startswith("a question must leave its worker alive, but 1 died")
 
 
 def test_what_a_worker_cannot_open_is_told_as_it_is_without_ray(started: None) -> None:
@@ -212,18 +200,16 @@ def test_settings_that_cannot_be_had_are_refused(started: None, recipe: Recipe) 
         RayEngine(recipe, threads=-1)
     with pytest.raises(ConfigError, match="gpus_per_worker must be 0 or above, but got -0"):
         RayEngine(recipe, gpus_per_worker=-0.5)
-    with pytest.raises(ConfigError, match="1 CPU cores and 999 GPUs for a worker, but has 4 and"):
+    with pytest.raises(ConfigError, match="1 CPU cores and 999 GPUs for a worker, but has 8 and"):
         RayEngine(recipe, gpus_per_worker=999)
 
 
 def test_there_are_no_more_workers_than_there_is_room_for(
     started: None, recipe: Recipe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RayEngine(recipe, workers=3, threads=2) as engine:
-        assert engine.workers == 2
-        # a task for each, and some to spare
-        assert [engine.block_size(64, n) for n in (1, 8, 9, 80, 10_000)] == [1, 1, 3, 10, 64]
-    assert caplog.messages == ["there is room for 2 of 3 workers; the run has those"]
+    with RayEngine(recipe, workers=5, threads=2) as engine:
+        assert engine.workers == 4
+    assert caplog.messages == ["there is room for 4 of 5 workers; the run has those"]
 
 
 def task_of(names: str) -> Task:
@@ -256,28 +242,3 @@ def test_a_block_that_is_prepared_in_parts_is_one_again() -> None:
     joined = ray_engine._joined([second.failed(), replace(first, deaths=4).failed()])
     assert [own.question_id for own in joined.failed] == ["c", "d", "a", "b"]
     assert "but 3 died" in joined.failed[0].message
-
-
-def test_two_machines_of_a_cluster_share_the_work(
-    recipe: Recipe, alone: Path, tmp_path: Path
-) -> None:
-    """Two raylets on loopback, each with room for one worker."""
-    from ray.cluster_utils import Cluster
-
-    ray.shutdown()
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False},
-        connect=False,
-    )
-    try:
-        cluster.add_node(num_cpus=1)
-        with RayEngine(recipe, workers=2, address=cluster.address) as engine:
-            assert engine.workers == 2
-            homes = {ray.get(actor.home.remote())[0] for actor in engine._actors}
-            assert len(homes) == 2
-            run(engine, QUESTIONS, CONFIG, out=tmp_path, progress=False)
-        assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
