@@ -9,12 +9,14 @@ import sys
 import jaxtyping
 import pytest
 import torch
-from conftest import prompts_of
+from conftest import prompts_of, strong_plan
 from engine import family
 
 from fusion_lens import models
 from fusion_lens.activations import left_padded
+from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError, HookNameError, MissingExtraError, ModelError
+from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.models import (
     KeyValues,
     check_hook_names,
@@ -27,6 +29,7 @@ from fusion_lens.models import (
     stop_tokens,
     token_texts,
 )
+from fusion_lens.prompts import tokenize
 
 
 def test_a_folder_opens_with_the_weights_of_hugging_face(tiny, tiny_folder) -> None:
@@ -163,6 +166,25 @@ def test_8_bit_without_bitsandbytes_names_the_extra(tiny_folder, monkeypatch) ->
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"fusion-lens\[bitsandbytes\]"):
         load_model(tiny_folder, load_in_8bit=True)
+
+
+def test_a_model_spread_by_a_map_is_steered_on_hook_points(tiny, tiny_folder) -> None:
+    """All places are the CPU; what moves activations between devices is in between all the same."""
+    parts = ("embed_tokens", "layers.0", "layers.1", "layers.2", "layers.3", "norm", "rotary_emb")
+    spread = load_model(
+        tiny_folder, device_map={"lm_head": "cpu", **{f"model.{part}": "cpu" for part in parts}}
+    )
+    assert identify(spread).weights == identify(tiny).weights
+    log = EngineLog()
+    rows = [Row(tokenize(tiny, "Once there was a cat."), plan) for plan in (None, strong_plan(tiny))]
+    config = GenerationConfig(max_new_tokens=8)
+    expected = generate(tiny, rows, dataclasses.replace(config, executor="hooks"))
+    assert generate(spread, rows, config, log=log) == expected
+    assert expected[0].tokens != expected[1].tokens
+    assert log.rows == {"lean": 0, "hooks": 2}
+    assert log.reasons == ["its weights are quantised or spread over devices"]
+    with pytest.raises(ModelError, match="on one device or spread by a map, but got 'cpu' and 'au"):
+        load_model(tiny_folder, device="cpu", device_map="auto")
 
 
 def test_a_hub_name_that_is_nowhere_is_one_error() -> None:
