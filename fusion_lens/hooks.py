@@ -121,12 +121,11 @@ class _Batch:
     def mask(self, kind: Kind, resid: Tensor, *, present: bool) -> Bool[Tensor, "rows pos"]:
         """Which positions of this pass are steered, or with `present` enter a sequence mean."""
         offset = self._offset(kind, resid.shape[1])
-        key = (kind.positions, kind.steer_special, present, offset, resid.shape[1])
+        device, shape = resid.device, (offset, resid.shape[1])
+        key = (kind.positions, kind.steer_special, present, device, shape)
         if key not in self.masks:
-            self.masks = {k: v for k, v in self.masks.items() if k[3:] == key[3:]}
-            self.masks[key] = self._make_mask(kind, offset, resid.shape[1], present).to(
-                resid.device
-            )
+            self.masks = {k: v for k, v in self.masks.items() if k[-1] == shape}
+            self.masks[key] = self._make_mask(kind, *shape, present).to(device)
         return self.masks[key]
 
     def _offset(self, kind: Kind, length: int) -> int:

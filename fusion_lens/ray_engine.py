@@ -422,6 +422,8 @@ def _start(ray: Any, address: str | None, n_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
     if address is None:
+        # as a run in this process: Ray's own way is to give way to everything else
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # not one that happens to run here, which may be somebody else's
         ray.init("local", num_cpus=max(n_cpus, os.cpu_count() or 1), **quiet)
     else:

@@ -13,7 +13,7 @@ from fusion_lens.executors import hooked
 from fusion_lens.hooks import Cursor, batch_steering, fwd_hooks, steering
 from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.plans import Plan, Segment, Step, make_plan, per_layer
-from fusion_lens.prompts import NO_PROMPT, Prompt, question_prompt, tokenize
+from fusion_lens.prompts import NO_PROMPT, Layout, Prompt, question_prompt, tokenize
 
 
 def around(
@@ -364,3 +364,15 @@ def test_steering_runs_every_kind_of_step_and_leaves_nothing_behind(tiny: Hooked
             assert not torch.equal(tiny(tokens), plain)
         assert torch.equal(tiny(tokens), plain)
         assert n_hooks(tiny) == 0
+
+
+def test_what_steers_a_layer_goes_to_the_device_of_that_layer(tiny: HookedModel) -> None:
+    """The later half of the blocks on a device that holds no numbers."""
+    layouts = [Layout(5, (0,))] * 2
+    for name, plan in every_plan(tiny).items():
+        acts = batch_steering([plan, None], layouts, Cursor(0, 5))
+        for (_, layer), act in sorted(acts.items(), key=lambda own: own[0][1]):
+            device = "meta" if layer >= 2 else "cpu"
+            changed = act(torch.zeros((2, 5, int(tiny.cfg.d_model)), device=device))
+            assert changed is not None, name
+            assert changed.device.type == device, name

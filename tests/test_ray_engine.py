@@ -62,9 +62,7 @@ class _Cursed(Worker):
 def started() -> Iterator[None]:
     """One Ray for all tests: engines use what runs. Actors cannot import this file."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
-    ray.init("local", num_cpus=8, **quiet)
+    ray_engine._start(ray, None, 8)
     yield
     ray.shutdown()
 
