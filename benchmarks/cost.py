@@ -192,7 +192,9 @@ def measured(model: HookedModel, questions: list[Question], config: ExperimentCo
         "parts": {name: operations(part, size, at) for name, part in said.items()},
         "bytes": {
             "two means, said": means,
-            "two means, pickled": len(pickle.dumps([items[0].deltas.target, items[0].deltas.base])),
+            "two means, pickled": len(
+                pickle.dumps([items[0].deltas.reference, items[0].deltas.base])
+            ),
             "plan on disk": mean(plans) if plans else None,
             "result on disk": lines,
         },

@@ -3,9 +3,9 @@
 Run: `make bench-ray` (`python benchmarks/ray_workers.py`); it writes `ray_workers.json` and prints
 Markdown. Both engines have their workers open before anything is timed, with one thread each; the
 same run of Atlas is timed on one and on two workers in turn, five pairs after one that is thrown
-away. Blocks are of 32 questions for both. What is compared is the work of a run: tasks handed out, solved and written. There are 64
-slots, which the blocks of both fill: idle slots cost as much as busy ones, and a run that cannot
-fill one worker's gains nothing by a second.
+away. What is compared is the work of a run: tasks handed out, solved and written. Both have blocks
+of 32 questions, which fill their 64 slots: idle slots cost as much as busy ones, and a run that
+cannot fill one worker's gains nothing by a second.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.generation import GenerationConfig
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.questions import Question, load_questions, select_questions
-from fusion_lens.ray_engine import RayEngine
-from fusion_lens.ray_engine import _start as start
+from fusion_lens.ray_engine import RayEngine, start_ray
 from fusion_lens.recipes import Recipe
 from fusion_lens.search import SearchConfig
 
@@ -52,7 +51,7 @@ def seconds(engine: RayEngine, questions: list[Question]) -> float:
 def main() -> None:
     """Measure, write, print."""
     questions = select_questions(load_questions(QUESTIONS), split="test", limit=64)
-    start(ray, None, 4)
+    start_ray(4)
     with RayEngine(Recipe(), workers=1) as one, RayEngine(Recipe(), workers=2) as two:
         pairs = [[seconds(engine, questions) for engine in (one, two)] for _ in range(PAIRS + 1)]
     ray.shutdown()

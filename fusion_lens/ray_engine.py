@@ -34,6 +34,24 @@ _TOGETHER, _ALONE = 2, 5
 _PAUSE = 1.0
 
 
+def start_ray(n_cpus: int, address: str | None = None) -> None:
+    """Connect to a cluster, or start Ray on this machine with room for that many cores at least.
+
+    Raises:
+        MissingExtraError: if Ray is not installed.
+    """
+    ray = _ray()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is not None:
+        ray.init(address=address, logging_level="error", log_to_driver=False)
+        return
+    # workers compute like a run in this process: Ray's give way to everything else
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # "local": not one that happens to run here, which may be somebody else's
+    quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    ray.init("local", num_cpus=max(n_cpus, os.cpu_count() or 1), **quiet)
+
+
 class RayEngine:
     """Workers as Ray actors; use as a context manager.
 
@@ -69,7 +87,7 @@ class RayEngine:
         self._gpus = gpus_per_worker
         self._started = not self._ray.is_initialized()
         if self._started:
-            _start(self._ray, address, workers * threads)
+            start_ray(workers * threads, address)
         self._actors = [self._actor() for _ in range(self._fitting(workers))]
 
     @property
@@ -416,15 +434,3 @@ def _ray() -> Any:
             raise
         raise MissingExtraError("ray", "ray") from error
     return ray
-
-
-def _start(ray: Any, address: str | None, n_cpus: int) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
-    if address is None:
-        # as a run in this process: Ray's own way is to give way to everything else
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # not one that happens to run here, which may be somebody else's
-        ray.init("local", num_cpus=max(n_cpus, os.cpu_count() or 1), **quiet)
-    else:
-        ray.init(address=address, logging_level="error", log_to_driver=False)

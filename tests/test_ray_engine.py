@@ -18,7 +18,7 @@ from fusion_lens import ray_engine
 from fusion_lens.errors import ConfigError, ModelError
 from fusion_lens.experiment import run
 from fusion_lens.models import HookedModel
-from fusion_lens.ray_engine import RayEngine
+from fusion_lens.ray_engine import RayEngine, start_ray
 from fusion_lens.recipes import Recipe
 from fusion_lens.workers import Setup, Solved, Task, Worker
 
@@ -62,7 +62,7 @@ class _Cursed(Worker):
 def started() -> Iterator[None]:
     """One Ray for all tests: engines use what runs. Actors cannot import this file."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray_engine._start(ray, None, 8)
+    start_ray(8)
     yield
     ray.shutdown()
 
