@@ -40,8 +40,8 @@ SIMPLE_QA = 4326
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A model: parameters of its blocks and of the unembedding, and what a cache holds of a token
-    (keys and values of all layers)."""
+    """A model: parameters of its blocks, of the unembedding, and of an embedding of its own where
+    it has one; and what a cache holds of a token (keys and values of all layers)."""
 
     name: str
     layers: int
@@ -49,12 +49,12 @@ class Size:
     blocks: float
     unembed: float
     cached: int
+    embed: float = 0.0
 
-    @staticmethod
-    def of(name: str, layers: int, d: int, mlp: int, heads: int, kv: int, d_head: int, v: int):
-        """A gated MLP and grouped attention."""
-        each = 2 * d * heads * d_head + 2 * d * kv * d_head + 3 * d * mlp
-        return Size(name, layers, d, layers * each, v * d, 2 * layers * kv * d_head)
+    @property
+    def weights(self) -> float:
+        """All of them."""
+        return self.blocks + self.unembed + self.embed
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,52 @@ class Part:
     written: float
 
 
+def published(
+    name: str,
+    *,
+    layers: int,
+    d_model: int,
+    d_mlp: int,
+    heads: tuple[int, int, int],
+    vocabulary: int,
+    tied: bool,
+) -> Size:
+    """By its config: gated MLPs, and `heads` for queries, for keys and values, and their width."""
+    queries, keys, d_head = heads
+    each = d_model * (2 * queries * d_head + 2 * keys * d_head + 3 * d_mlp)
+    matrix = vocabulary * d_model
+    cached = 2 * layers * keys * d_head
+    return Size(name, layers, d_model, layers * each, matrix, cached, 0.0 if tied else matrix)
+
+
 LARGE = (
-    Size.of("Gemma-2 2B", 26, 2304, 9216, 8, 4, 256, 256_000),
-    Size.of("Gemma-2 9B", 42, 3584, 14336, 16, 8, 256, 256_000),
-    Size.of("Llama-3 70B", 80, 8192, 28672, 64, 8, 128, 128_256),
+    published(
+        "Gemma-2 2B",
+        layers=26,
+        d_model=2304,
+        d_mlp=9216,
+        heads=(8, 4, 256),
+        vocabulary=256_000,
+        tied=True,
+    ),
+    published(
+        "Gemma-2 9B",
+        layers=42,
+        d_model=3584,
+        d_mlp=14336,
+        heads=(16, 8, 256),
+        vocabulary=256_000,
+        tied=True,
+    ),
+    published(
+        "Llama-3 70B",
+        layers=80,
+        d_model=8192,
+        d_mlp=28672,
+        heads=(64, 8, 128),
+        vocabulary=128_256,
+        tied=False,
+    ),
 )
 
 
@@ -191,8 +233,8 @@ def measured(model: HookedModel, questions: list[Question], config: ExperimentCo
         },
         "parts": {name: operations(part, size, at) for name, part in said.items()},
         "bytes": {
-            "two means, said": means,
-            "two means, pickled": len(
+            "two means": means,
+            "the same on its way to a worker": len(
                 pickle.dumps([items[0].deltas.reference, items[0].deltas.base])
             ),
             "plan on disk": mean(plans) if plans else None,
@@ -228,7 +270,7 @@ class Gpu:
 def simple_qa(size: Size, gpu: Gpu, config: ExperimentConfig, at: Lengths) -> dict[str, Any]:
     """Hours of one worker for all of SimpleQA, and how many GPUs that worker is."""
     said = parts(config, at, 0.0, 2000)
-    weights = 2 * (size.blocks + size.unembed)
+    weights = 2 * size.weights
     length = at.prompt + at.completion + 16
     slot = 2 * size.cached * length
     per_worker = max(1, int(-(-(weights + 16 * slot) // (0.9 * gpu.memory))))
@@ -299,21 +341,20 @@ def measure(model: HookedModel, questions: list[Question], trials: int) -> dict[
         "all arms": ExperimentConfig(tuning=tuning, reach=False),
         "all arms and reach": ExperimentConfig(tuning=tuning, unrelated=UNRELATED),
     }
-    published = ExperimentConfig()
     at = Lengths(prompt=45, completion=48, explanation=48, reference=110)
     return {
         "runs": {name: measured(model, questions, config) for name, config in configs.items()},
         "products_per_second": products_per_second(),
         "gpu": asdict(Gpu()),
         "lengths": asdict(at),
-        "simple_qa": [simple_qa(size, Gpu(), published, at) for size in LARGE],
+        "simple_qa": [simple_qa(size, Gpu(), ExperimentConfig(), at) for size in LARGE],
     }
 
 
 def main() -> None:
     """Measure, write, print."""
-    questions = select_questions(load_questions(QUESTIONS), split="dev", limit=16)
-    found = measure(load_model(), questions, 20)
+    questions = select_questions(load_questions(QUESTIONS), split="dev", limit=6)
+    found = measure(load_model(), questions, 10)
     (FOLDER / "cost.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(markdown(found))
 

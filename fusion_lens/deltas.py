@@ -115,7 +115,9 @@ def make_deltas(reference: Activations, base: Activations) -> Deltas:
         ActivationError: if the two come from different models.
     """
     _require_same_model(reference.model, base.model)
-    return Deltas(reference=reference.mean, base=base.mean, layout=base.layout, model=base.model)
+    # a mean that is part of its batch would take that along wherever it goes
+    means = reference.mean.clone(), base.mean.clone()
+    return Deltas(*means, layout=base.layout, model=base.model)
 
 
 def deltas_from_caches(

@@ -43,6 +43,10 @@ class SpanError(FusionLensError, ValueError):
     """The tokens of an answer cannot be found in a text."""
 
 
+class DeviceError(FusionLensError, RuntimeError):
+    """A device is in a state in which no work on it succeeds."""
+
+
 class ContextLengthError(FusionLensError, ValueError):
     """Prompt and completion do not fit the model's context, or the `limit` set to them."""
 

@@ -106,6 +106,8 @@ def run(
         raise ConfigError("question ids must be unique, but two questions share one.")
     engine: Engine
     if isinstance(model, Engine):
+        if fluency is not None or explain is not None:
+            raise ConfigError("an engine has fluency and explain itself, but they were given too.")
         engine = model
     else:
         engine = LocalEngine(Worker(model, fluency=fluency, explain=explain))
@@ -118,9 +120,9 @@ def run(
         gate=None if gate is None else gate.gate,
         unrelated=None if text is None else (text, str(config.unrelated)),
     )
+    studies = [f"{name}/{arm}" for name in ids for arm in config.tuned_arms]
     if config.storage is not None and existing != "resume":
-        names = [f"{name}/{arm}" for name in ids for arm in config.tuned_arms]
-        check_storage(config.storage, names)
+        check_storage(config.storage, studies)
     setup = engine.set_up(setup, pool)
     config = setup.config
     settings = _settings(config, text) | {
@@ -141,6 +143,8 @@ def run(
                 "settings": _deciding(settings),
             }
             kept = stack.enter_context(RunFolder(out, identity, existing=existing))
+            if config.storage is not None and existing == "resume" and not kept.resumed:
+                check_storage(config.storage, studies)
         loop = _Loop(engine, setup, kept, judge, stack.enter_context(stopping(_STOPPING)))
         loop.run(questions, donors, stack.enter_context(shown(progress)))
         records, seed = loop.records(ids), config.tuning.search.seed
@@ -244,6 +248,7 @@ class _Loop:
         self._judge = judge
         self._stop = stop
         self._unprepared: dict[str, Failure] = {}
+        self._wanted: set[str] = set()
         self.log = EngineLog()
         self.lent = kept.lent or {"n": 0, "mismatched": 0, "sharing_a_word": 0}
         self.found = len(kept.done)
@@ -251,8 +256,8 @@ class _Loop:
 
     @property
     def interrupted(self) -> bool:
-        """Whether it was asked to stop."""
-        return self._stop.asked
+        """Whether it was asked to stop, and did before all was done."""
+        return self._stop.asked and bool(self._wanted - self.prepared - self._unprepared.keys())
 
     def run(
         self, questions: Sequence[Question], donors: Sequence[Question], show: Progress | None
@@ -266,6 +271,7 @@ class _Loop:
                 wanted[question.id] = tuple(missing)
         if not wanted:
             return
+        self._wanted = {*wanted}
         asked = [question for question in questions if question.id in wanted]
         lending = {question.id for question in (donors if config.lends else questions)}
         others: Sequence[Question] = donors if config.lends else ()
@@ -346,7 +352,8 @@ class _Loop:
             nonlocal in_work
             in_work = own
             for stage, per_question in each.items():
-                now = done * per_question + own[stage]
+                # a task that is begun again, in halves, does not take back what was told
+                now = max(told.get(stage, 0), done * per_question + own[stage])
                 if show is not None and told.get(stage) != now:
                     told[stage] = now
                     show(stage, now, n_questions * per_question)
@@ -508,5 +515,6 @@ def _settings(config: ExperimentConfig, unrelated: str | None) -> dict[str, Any]
 
 
 def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that results depend on."""
-    return {name: own for name, own in settings.items() if name not in ("block_size", "storage")}
+    """Those that results depend on; files and models are held by their content."""
+    others = ("block_size", "storage", "unrelated", "perplexity_model")
+    return {name: own for name, own in settings.items() if name not in others}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -253,6 +254,24 @@ def identify(model: HookedModel) -> ModelIdentity:
     )
 
 
+def configuration(model: HookedModel) -> dict[str, Any]:
+    """What else than its weights a model's text depends on, for the record of a run: its config,
+    a digest of the tokenizer with its chat template, the tokens that end a text, and the kind of
+    device."""
+    config = getattr(getattr(model, "original_model", None), "config", None) or model.cfg
+    content = json.loads(json.dumps(config.to_dict(), default=str))
+    tokenizer = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spelt = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    told = json.dumps([spelt, getattr(tokenizer, "chat_template", None)], default=str)
+    return {
+        "config": {name: own for name, own in content.items() if name not in _NOT_CONFIG},
+        "tokenizer": hashlib.sha256(told.encode()).hexdigest(),
+        "stop_tokens": sorted(stop_tokens(model)),
+        "device": next(iter(model.parameters())).device.type,
+    }
+
+
 def weights_digest(tensors: Iterable[Tensor]) -> str:
     """A SHA-256 over tensors as `ModelIdentity` has it: shapes, and numbers rounded to bfloat16, of
     large tensors an even sample."""
@@ -483,5 +502,10 @@ def _sampled(parameter: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // _HASHED_ELEMENTS)]
 
 
+# names and places; the dtype is the identity's
+_NOT_CONFIG = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "device", "n_devices"),
+    *("model_name", "tokenizer_name", "model_path"),
+}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DIGESTS: WeakKeyDictionary[Any, tuple[tuple[Any, ...], tuple[str, str]]] = WeakKeyDictionary()

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import ConfigError, MissingExtraError
+from fusion_lens.errors import ConfigError, DeviceError, MissingExtraError
 from fusion_lens.lenders import Ready
 from fusion_lens.preparation import Failure
 from fusion_lens.questions import Question
@@ -32,6 +33,8 @@ _FILLS = 8
 _TOGETHER, _ALONE = 2, 5
 """How often a task may lose its actor before it is halved, and when it is of one question."""
 _PAUSE = 1.0
+_SILENCE = 60.0
+"""Seconds after which it is said that nothing comes."""
 
 
 def start_ray(n_cpus: int, address: str | None = None) -> None:
@@ -61,7 +64,8 @@ class RayEngine:
     `gpus_per_worker` GPUs, of which a part is allowed.
 
     Raises:
-        ConfigError: if there is no worker or no thread, or a cluster has no room for one.
+        ConfigError: if there is no worker or no thread, GPUs are neither whole nor a part of one,
+            or a cluster has no room for a worker.
         MissingExtraError: if Ray is not installed.
     """
 
@@ -77,13 +81,18 @@ class RayEngine:
         for name, value in (("workers", workers), ("threads", threads)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, but got {value}.")
-        if gpus_per_worker < 0:
-            raise ConfigError(f"gpus_per_worker must be 0 or above, but got {gpus_per_worker}.")
+        if gpus_per_worker < 0 or (gpus_per_worker > 1 and gpus_per_worker % 1):
+            raise ConfigError(
+                "gpus_per_worker must be a whole number or a part of one GPU, but got "
+                f"{gpus_per_worker}."
+            )
         self._ray = _ray()
         self._actors: list[Any] = []
         self._make = make
         self._threads = threads
         self._setup: Setup | None = None
+        self._described: Description | None = None
+        self._stillborn = 0
         self._gpus = gpus_per_worker
         self._started = not self._ray.is_initialized()
         if self._started:
@@ -115,21 +124,23 @@ class RayEngine:
             self._ray.shutdown()
 
     def describe(self) -> Description:
-        """See `Engine`."""
-        found: Description = self._ask("describe")
-        return found
+        """See `Engine`; all workers have the same.
+
+        Raises:
+            ConfigError: if they have not, or cannot be opened.
+        """
+        for place in range(self.workers):
+            self._know(self._asked(place, "describe"))
+        assert self._described is not None
+        return self._described
 
     def set_up(self, setup: Setup, pool: Sequence[Question]) -> Setup:
         """See `Engine`."""
-        shaped: Setup = self._ask("shaped", setup, pool)
+        shaped: Setup = self._asked(0, "shaped", setup, pool)
         # who is made from now on knows it
         self._setup = shaped
-        told = [actor.begin.remote(shaped) for actor in self._actors]
-        for place, each in enumerate(told):
-            try:
-                self._got(each)
-            except self._ray.exceptions.RayActorError as error:
-                self._replace(self._actors[place], error)
+        for place in range(self.workers):
+            self._asked(place, "begin", shaped)
         return shaped
 
     def block_size(self, asked: int, n_questions: int) -> int:
@@ -180,36 +191,59 @@ class RayEngine:
         stopping: Callable[[], bool],
         progress: Callable[[InWork], None],
     ) -> Iterator[tuple[_Job, Any]]:
-        """Jobs with what they came to, as they are done; each actor has one at a time."""
+        """Jobs with what they came to, as they are done; each actor has one at a time, and a new
+        actor none before it is up."""
         again: deque[_Job] = deque()
         flying: dict[Any, tuple[Any, _Job]] = {}
+        opening: dict[Any, Any] = {}
         idle = list(self._actors)
         told = _Told(self._ray, progress)
-        while True:
-            while idle and not stopping():
-                job = again.popleft() if again else next(jobs, None)
-                if job is None:
-                    break
-                actor = idle.pop()
-                flying[job.on(actor)] = actor, job
-            if not flying:
-                return
-            done, _ = self._ray.wait(list(flying), num_returns=1, timeout=_PAUSE)
-            told.ask([actor for actor, _ in flying.values()])
-            for each in done:
-                actor, job = flying.pop(each)
-                told.forget(actor)
-                try:
-                    made = self._got(each)
-                except self._ray.exceptions.RayActorError as error:
-                    idle.append(self._replace(actor, error))
-                    parts = job.after_death()
-                    again.extend(parts)
-                    if not parts:
-                        yield job, job.failed()
-                    continue
-                idle.append(actor)
-                yield job, made
+        more = True
+
+        def replaced(actor: Any, error: Exception) -> None:
+            new = self._replace(actor, error)
+            opening[new.describe.remote()] = new
+
+        try:
+            while True:
+                while idle and not stopping():
+                    job = again.popleft() if again else next(jobs, None)
+                    if job is None:
+                        more = False
+                        break
+                    actor = idle.pop()
+                    flying[job.on(actor)] = actor, job
+                if not flying and (stopping() or not (more or again)):
+                    return
+                done, _ = self._ray.wait([*flying, *opening], num_returns=1, timeout=_PAUSE)
+                told.ask([actor for actor, _ in flying.values()], something=bool(done))
+                for each in done:
+                    if each in opening:
+                        actor = opening.pop(each)
+                        try:
+                            self._know(self._got(each))
+                        except self._deaths as error:
+                            replaced(actor, error)
+                        else:
+                            idle.append(actor)
+                        continue
+                    actor, job = flying.pop(each)
+                    told.forget(actor)
+                    try:
+                        made = self._got(each)
+                    except self._deaths as error:
+                        replaced(actor, error)
+                        parts = job.after_death()
+                        again.extend(parts)
+                        if not parts:
+                            yield job, job.failed()
+                        continue
+                    idle.append(actor)
+                    yield job, made
+        finally:
+            # whoever ends this early, an interrupt say, must not leave them at work
+            for actor, _ in flying.values():
+                self._renew(actor)
 
     def _filling(self) -> int:
         """Questions whose rows fill all slots some times over: idle slots cost as much as busy
@@ -222,42 +256,104 @@ class RayEngine:
 
     def _fitting(self, workers: int) -> int:
         """As many as asked for, or as there is room for."""
-        there = self._ray.cluster_resources()
-        needed = {"CPU": float(self._threads), "GPU": self._gpus}
-        room = min(int(there.get(kind, 0.0) / n) for kind, n in needed.items() if n)
+        there = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        room = sum(_room(node, self._threads, self._gpus) for node in there)
         if room < 1:
             self.close()
+            cpus, gpus = (max(node.get(kind, 0.0) for node in there) for kind in ("CPU", "GPU"))
             raise ConfigError(
-                f"the cluster must have {self._threads} CPU cores and {self._gpus:g} GPUs for a "
-                f"worker, but has {there.get('CPU', 0):g} and {there.get('GPU', 0):g} in all."
+                f"a machine of the cluster must have {self._threads} CPU cores and {self._gpus:g} "
+                f"GPUs for a worker, but the largest has {cpus:g} and {gpus:g}."
             )
         if room < workers:
             _LOG.warning("there is room for %d of %d workers; the run has those", room, workers)
         return min(workers, room)
 
-    def _ask(self, method: str, *args: Any) -> Any:
-        for _ in range(_ALONE):
-            try:
-                return self._got(getattr(self._actors[0], method).remote(*args))
-            except self._ray.exceptions.RayActorError as error:
-                self._replace(self._actors[0], error)
-        raise ConfigError(
-            f"a worker must be able to open its model, but {_ALONE} died of it in a row; "
-            "see Ray's logs, and give each more memory."
+    @property
+    def _deaths(self) -> tuple[type[Exception], ...]:
+        """How it is told that an actor is gone, or of no more use."""
+        raised = self._ray.exceptions
+        return (
+            *(raised.RayActorError, raised.OutOfMemoryError, raised.NodeDiedError),
+            *(raised.WorkerCrashedError, raised.ObjectLostError, DeviceError),
         )
 
+    def _asked(self, place: int, method: str, *args: Any) -> Any:
+        """What an actor answers, or who takes its place."""
+        while True:
+            actor = self._actors[place]
+            try:
+                reference = getattr(actor, method).remote(*args)
+                self._wait_for(reference)
+                answer = self._got(reference)
+            except self._deaths as error:
+                self._replace(actor, error)
+            else:
+                self._stillborn = 0
+                return answer
+
+    def _wait_for(self, reference: Any) -> None:
+        waited = 0.0
+        while not self._ray.wait([reference], timeout=_SILENCE)[0]:
+            waited += _SILENCE
+            _LOG.warning(
+                "no worker has been up for %.0f s: it opens its model, or waits for cores and "
+                "GPUs that others have",
+                waited,
+            )
+
     def _got(self, reference: Any) -> Any:
+        raised = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
+        except raised.RayTaskError as error:
             # what the worker raised, without Ray's frames around it
             raise error.cause from None
+        except self._deaths:
+            raise
+        except raised.RayError as error:
+            raise ConfigError(
+                f"Ray must be able to run a worker, but: {_first_line(error)}"
+            ) from error
+
+    def _know(self, described: Description) -> None:
+        """Take in what an actor has.
+
+        Raises:
+            ConfigError: if it is not what the others have.
+        """
+        self._stillborn = 0
+        known = self._described = self._described or described
+        for each in fields(described):
+            mine, theirs = getattr(known, each.name), getattr(described, each.name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"all workers must have the same {each.name}, but one has {mine!r:.300} and "
+                    f"another {theirs!r:.300}."
+                )
 
     def _replace(self, actor: Any, error: Exception) -> Any:
-        """A new actor in the place of one that died."""
+        """A new actor in the place of one that died.
+
+        Raises:
+            ConfigError: if too many died in a row before they were of use.
+        """
+        self._stillborn += 1
+        if self._stillborn > _ALONE * self.workers:
+            raise ConfigError(
+                f"a worker must be able to open its model, but {self._stillborn} died in a row; "
+                f"see Ray's logs, and give each more memory: {_first_line(error)}"
+            )
+        place = self._actors.index(actor) + 1
+        _LOG.warning(
+            "worker %d of %d died and is replaced: %s", place, self.workers, _first_line(error)
+        )
+        return self._renew(actor)
+
+    def _renew(self, actor: Any) -> Any:
+        """Another in its place; it may be alive."""
+        self._ray.kill(actor)
         place = self._actors.index(actor)
-        reason = str(error).strip().split("\n")[0]
-        _LOG.warning("worker %d of %d died and is replaced: %s", place + 1, self.workers, reason)
         self._actors[place] = self._actor()
         return self._actors[place]
 
@@ -331,9 +427,11 @@ class _Told:
         self._progress = progress
         self._asked: dict[Any, Any] = {}
         self._done: dict[Any, InWork] = {}
+        self._heard = time.monotonic()
 
-    def ask(self, actors: Sequence[Any]) -> None:
-        """Take in what was answered, and ask those that have."""
+    def ask(self, actors: Sequence[Any], *, something: bool) -> None:
+        """Take in what was answered, and ask those that have; with `something` a task is done."""
+        before = dict(self._done)
         for actor in actors:
             asked = self._asked.get(actor)
             if asked is not None:
@@ -345,6 +443,12 @@ class _Told:
                 except self._ray.exceptions.RayError:
                     continue
             self._asked[actor] = actor.done.remote()
+        now = time.monotonic()
+        if something or self._done != before:
+            self._heard = now
+        elif now - self._heard > _SILENCE:
+            self._heard = now
+            _LOG.warning("no worker has come further for %.0f s", _SILENCE)
         self._progress(sum(self._done.values(), Counter()))
 
     def forget(self, actor: Any) -> None:
@@ -364,9 +468,8 @@ class _Preparing:
 
     def after_death(self) -> list[_Job]:
         """What is done again."""
-        cut = _cut(len(self.block), self.deaths + 1)
-        parts = [self.block[part] for part in cut]
-        return [_Preparing(self.number, self.deaths + 1, part) for part in parts]
+        parts = [self.block[part] for part in _cut(len(self.block), self.deaths + 1)]
+        return [_Preparing(self.number, _deaths_of(self, len(p), len(parts)), p) for p in parts]
 
     def failed(self) -> Ready:
         """Where nothing is done again."""
@@ -387,7 +490,10 @@ class _Solving:
         """What is done again."""
         names = list(dict.fromkeys(name for name, _ in self.task.pairs))
         parts = [names[part] for part in _cut(len(names), self.deaths + 1)]
-        return [_Solving(self.number, self.deaths + 1, self.task.only(part)) for part in parts]
+        return [
+            _Solving(self.number, _deaths_of(self, len(p), len(parts)), self.task.only(p))
+            for p in parts
+        ]
 
     def failed(self) -> Solved:
         """Where nothing is done again."""
@@ -406,6 +512,28 @@ def _cut(size: int, deaths: int) -> list[slice]:
     if deaths < _TOGETHER:
         return [slice(0, size)]
     return [slice(0, size // 2), slice(size // 2, size)]
+
+
+def _deaths_of(job: _Job, size: int, n_parts: int) -> int:
+    """How many a part of a job is held to have cost: those of its own question when it is alone,
+    and so many that it is halved again otherwise."""
+    if n_parts == 1:
+        return job.deaths + 1
+    return 0 if size == 1 else _TOGETHER - 1
+
+
+def _room(node: Mapping[str, float], threads: int, gpus: float | int) -> int:
+    """How many workers a machine has room for; no part of a worker's GPU is on another one."""
+    cores = int(node.get("CPU", 0.0) / threads)
+    own = node.get("GPU", 0.0)
+    if not gpus:
+        return cores
+    fitting = int(own) * int(1 / gpus + 1e-9) if gpus < 1 else int(own / gpus)
+    return min(cores, fitting)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _killed(deaths: int) -> RuntimeError:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,7 @@ FAILURES = "failures.jsonl"
 DONORS = "donors.json"
 LOCK = ".lock"
 EXISTING = ("refuse", "resume", "overwrite")
+_MOST_LISTED = 8
 _MOST_TOLD = 6
 
 
@@ -306,13 +308,29 @@ def _require_same(path: Path, identity: Mapping[str, Any]) -> None:
     before, now = dict(_leaves(_read_json(path))), dict(_leaves(identity))
     names = [name for name in (before | now) if before.get(name) != now.get(name)]
     if names:
-        told = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+        told = [f"{name} {_difference(before.get(name), now.get(name))}" for name in names]
         raise ResumeError(
             f"a run can be continued only as what it was, but in {path.parent} "
             f"{'; '.join(told[:_MOST_TOLD])}"
             + (f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else "")
             + ". Run as before, replace it (overwrite, --overwrite), or choose another folder."
         )
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Of long lists how many there are, and the first that differs."""
+    if (
+        isinstance(before, list)
+        and isinstance(now, list)
+        and max(len(before), len(now)) > _MOST_LISTED
+    ):
+        pairs = enumerate(zip_longest(before, now))
+        place, (old, new) = next(each for each in pairs if each[1][0] != each[1][1])
+        return (
+            f"were {len(before)} and are {len(now)}, of which number {place + 1} was {old!r:.60} "
+            f"and is {new!r:.60}"
+        )
+    return f"was {before!r:.200} and is {now!r:.200}"
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

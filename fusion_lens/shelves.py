@@ -8,10 +8,14 @@ or `save_crosscoder` wrote, or RELEASE/ID as sae-lens names it. Labels lie besid
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fusion_lens.atlas import DICTIONARIES
 from fusion_lens.attribution import Attribution, FeatureEffect, attribute
@@ -53,6 +57,17 @@ class Shelved:
             feature: label.text if label.precise else f"{label.text}?"
             for feature, label in self.labels.items()
         }
+
+
+def _tensors(of: Any) -> list[Tensor]:
+    """All that a dictionary holds, wherever it does."""
+    if isinstance(of, Tensor):
+        return [of]
+    if isinstance(of, torch.nn.Module):
+        return list(of.state_dict().values())
+    if is_dataclass(of):
+        return [own for each in fields(of) for own in _tensors(getattr(of, each.name))]
+    return []
 
 
 def open_dictionaries(names: Sequence[str], model: HookedModel) -> list[Shelved]:
@@ -105,11 +120,13 @@ class Explainer:
 
     @property
     def content(self) -> dict[str, str]:
-        """Every dictionary's name, with the digest of its directions."""
-        return {
-            each.dictionary.card.name: weights_digest([each.dictionary.decoder])
-            for each in self.shelved
-        }
+        """How many features, and the digests of every dictionary's tensors and labels."""
+        made = {"k": str(self.k)}
+        for each in self.shelved:
+            labels = hashlib.sha256(repr(sorted(each.texts.items())).encode()).hexdigest()
+            digest = weights_digest(_tensors(each.dictionary))
+            made[each.dictionary.card.name] = f"{digest}, labels {labels}"
+        return made
 
 
 def read_labels(folder: Path) -> dict[int, Label]:

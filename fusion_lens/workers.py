@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -20,12 +21,13 @@ from fusion_lens.activations import padded_length
 from fusion_lens.arms import Bench, Chosen, choose, most_rows, prefix_of_question
 from fusion_lens.details import Detail
 from fusion_lens.divergence import n_counted, pieces_of
-from fusion_lens.engine_log import EngineLog
+from fusion_lens.engine_log import EngineLog, out_of_memory
+from fusion_lens.errors import DeviceError
 from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.judges import JudgeItem
 from fusion_lens.lenders import Lenders, Ready
 from fusion_lens.memory import release_freed
-from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.models import HookedModel, ModelIdentity, configuration, identify
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plans import Gate, Segment
 from fusion_lens.preparation import Failure, Prepared, prepare, with_engine_shape
@@ -47,18 +49,20 @@ InWork = Counter[str]
 """What is done of tasks that are in work: "trials", samples among them, and "reach", the choices
 whose reach is measured."""
 
+_PACKAGES = ("fusion-lens", "torch", "transformers", "transformer-lens")
 _UNMEASURED = Reach(None, 0, None, 0, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
     """What a worker has: its model, what measures perplexity (None: the model itself), how many
-    threads it computes with, and what else its results depend on, by content."""
+    threads it computes with, what else its results depend on, by content, and what it runs on."""
 
     model: ModelIdentity
     fluency: str | None
     threads: int
     content: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +168,14 @@ class Worker:
         """What it has."""
         fluency, explain = self._fluency, self._explain
         content = {
+            **configuration(self.model),
             "perplexity_weights": None if fluency is None else fluency.weights,
             # of a function nobody knows more than that it is there
             "explained": getattr(explain, "content", explain is not None),
         }
         name = None if fluency is None else fluency.name
-        return Description(identify(self.model), name, torch.get_num_threads(), content)
+        versions = {package: version(package) for package in _PACKAGES}
+        return Description(identify(self.model), name, torch.get_num_threads(), content, versions)
 
     def shaped(self, setup: Setup, pool: Sequence[Question]) -> Setup:
         """The same with numbers for slots, cache length and room that serve all these questions.
@@ -331,13 +337,22 @@ def _apart(
     log: EngineLog,
 ) -> Made[M]:
     """What an attempt makes of all items; where it raises, of each half, and so on: the items that
-    fail alone are failures. Memory that one item had too little of is not taken from the others."""
+    fail alone are failures. Memory that one item had too little of is not taken from the others.
+
+    Raises:
+        DeviceError: if nothing that is done after this would succeed; no item is to blame.
+    """
     if not items:
         return [], []
     halvings = log.halvings
     try:
         return attempt(items)
     except Exception as error:
+        if _broken(error):
+            raise DeviceError(
+                "the device must be able to go on, but says: "
+                f"{str(error).strip().splitlines()[0]}; start again, and go on with the run."
+            ) from error
         if len(items) == 1:
             log.halvings = halvings
             return [], [blame(items[0], error)]
@@ -345,6 +360,14 @@ def _apart(
     middle = len(items) // 2
     halves = [_apart(attempt, part, blame, log) for part in (items[:middle], items[middle:])]
     return [one for made, _ in halves for one in made], [one for _, own in halves for one in own]
+
+
+def _broken(error: Exception) -> bool:
+    """Whether the device, and not what was done on it, is at fault."""
+    told = isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+    return told and not out_of_memory(error)
 
 
 def _alike(pairs: Sequence[Pair]) -> list[tuple[tuple[str, ...], list[str]]]:

@@ -200,3 +200,51 @@ def test_a_soak_tells_what_a_process_holds_after_each_block(script, tiny) -> Non
     told = soak.markdown(found, 4)
     assert told.count("\n| ") == 1 + 1 + 4 + 1
     assert "8 questions in" in told
+
+
+def test_the_cost_of_a_question_by_hand(script) -> None:
+    cost = script("cost")
+    at = cost.Lengths(prompt=10, completion=4, explanation=6, reference=20)
+    search = SearchConfig(trials=3)
+    config = ExperimentConfig(
+        ("baseline", "best_of_n", "answer_in_prompt", "full", "segmented"),
+        tuning=TuningConfig(search=search),
+    )
+    made = cost.parts(config, at, wordings=2, unrelated=100)
+    assert {name: own.rows for name, own in made.items() if own.rows} == {
+        "explanation": 1,
+        "baseline": 1,
+        "best of samples": 2,
+        "answer in prompt": 1,
+        "searches": 6,
+        # each unsteered, under two plans, behind the answer, and twice sampled
+        "other wordings": 12,
+    }
+    assert made["searches"] == cost.Part(6, 60, 6, 24)
+    assert made["unrelated text"] == cost.Part(0, 300, 300, 0)
+    size = cost.Size("toy", layers=2, d_model=3, blocks=50, unembed=30, cached=12)
+    # 84 tokens through the blocks, with 4 * 2 * 3 products for each of 7 places; 30 are predicted
+    assert cost.operations(made["searches"], size, at) == 84 * (100 + 168) + 30 * 60
+
+
+def test_what_the_model_of_costs_says_of_a_run_is_what_is_counted(script, tiny, tmp_path) -> None:
+    cost = script("cost")
+    tuning = TuningConfig(
+        search=SearchConfig(trials=4, round_size=2),
+        generation=GenerationConfig(max_new_tokens=6),
+        explanation_tokens=4,
+    )
+    asked = [
+        Question(f"q{n}", f"Who wrote book {n}?", "Ada Lovelace", paraphrases=("Who?",))
+        for n in range(3)
+    ]
+    config = ExperimentConfig(("baseline", "best_of_n", "segmented"), tuning=tuning)
+    found = cost.measured(tiny, asked, config)
+    assert found["rows"]["counted"] <= found["rows"]["said"] == 3 * (1 + 1 + 3 + 4 + 1 + 1 + 3)
+    assert 0.5 < found["operations"]["said"] / found["operations"]["counted"] < 2
+    assert found["bytes"]["two means"] == 2 * 4 * tiny.cfg.d_model * 4
+    at = cost.Lengths(45, 48, 48, 110)
+    large = [cost.simple_qa(size, cost.Gpu(), config, at) for size in cost.LARGE]
+    assert [own["gpus_per_worker"] for own in large] == [1, 1, 2]
+    told = cost.markdown({"runs": {"all arms and reach": found}, "simple_qa": large})
+    assert "| Llama-3 70B | 141 | 2 |" in told

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import deltas_of
+from conftest import deltas_of, prompts_of
 
 from fusion_lens.activations import record
 from fusion_lens.deltas import Deltas, deltas_from_caches, make_deltas
 from fusion_lens.errors import ActivationError
-from fusion_lens.models import load_model
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.prompts import question_prompt, reference_prompt
 
 
@@ -67,3 +67,11 @@ def test_deltas_show_norms_per_layer_beside_what_they_start_from(tiny) -> None:
     assert [row[4] for row in table.rows][:3:2] == ["-", f"{cosine:+.2f}"]
     assert repr(deltas).startswith("Deltas(")
     assert "tensor" not in repr(deltas)
+
+
+def test_deltas_take_no_more_along_than_their_means(tiny: HookedModel) -> None:
+    reference, base = record(tiny, prompts_of(tiny)[:2])
+    made = make_deltas(reference, base)
+    size = made.reference.numel() * made.reference.element_size()
+    for mean in (made.reference, made.base):
+        assert mean.untyped_storage().nbytes() == size

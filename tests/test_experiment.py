@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,14 @@ import fusion_lens.experiment as experiment
 from fusion_lens import arms, workers
 from fusion_lens.atlas import QUESTIONS as ATLAS_QUESTIONS
 from fusion_lens.deltas import Deltas
-from fusion_lens.errors import ConfigError, OutputError, PlanError, ResumeError, SearchError
+from fusion_lens.errors import (
+    ConfigError,
+    DeviceError,
+    OutputError,
+    PlanError,
+    ResumeError,
+    SearchError,
+)
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.methods.dsas import FittedGate
@@ -432,6 +440,69 @@ def test_a_run_goes_on_only_as_what_it_was(tiny, other_folder, tmp_path) -> None
         run(tiny, QUESTIONS, config, out=tmp_path)
     again = run(tiny, QUESTIONS[:2], config, out=tmp_path, existing="overwrite")
     assert [record.question_id for record in again.records] == ["a", "b"]
+
+
+def test_a_run_goes_on_only_with_the_config_and_the_tokenizer_it_had(
+    tiny, tiny_folder, tmp_path
+) -> None:
+    """Weights are the same in all of them."""
+    config = ExperimentConfig(arms=("baseline",), tuning=QUICK, reach=False)
+    run(tiny, QUESTIONS, config, out=tmp_path / "run")
+
+    def other(name: str, file: str, change) -> HookedModel:
+        folder = shutil.copytree(tiny_folder, tmp_path / name)
+        content = json.loads((folder / file).read_text("utf-8"))
+        change(content)
+        (folder / file).write_text(json.dumps(content), "utf-8")
+        return load_model(folder)
+
+    wider = other("wider", "config.json", lambda own: own.update(rms_norm_eps=1e-3))
+    with pytest.raises(ResumeError, match=r"config\.rms_norm_eps was 1e-0\d and is 0\.001"):
+        run(wider, QUESTIONS, config, out=tmp_path / "run", existing="resume")
+    told = other(
+        "told", "tokenizer_config.json", lambda own: own.update(chat_template="{{ messages }}")
+    )
+    with pytest.raises(ResumeError, match="tokenizer was "):
+        run(told, QUESTIONS, config, out=tmp_path / "run", existing="resume")
+    copied = load_model(shutil.copytree(tiny_folder, tmp_path / "copied"))
+    again = run(copied, QUESTIONS, config, out=tmp_path / "run", existing="resume")
+    assert again.summary["resumed"] == 3
+
+
+def test_a_device_that_is_broken_ends_the_run_and_blames_no_question(
+    tiny, tmp_path, monkeypatch
+) -> None:
+    config = ExperimentConfig(arms=("baseline",), tuning=QUICK, reach=False, block_size=1)
+    chosen, calls = workers.choose, []
+
+    def breaks(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return chosen(*args, **kwargs)
+
+    monkeypatch.setattr(workers, "choose", breaks)
+    with pytest.raises(DeviceError, match="says: CUDA error: an illegal memory access"):
+        run(tiny, QUESTIONS, config, out=tmp_path)
+    again = run(tiny, QUESTIONS, config, out=tmp_path, existing="resume")
+    assert (again.summary["resumed"], again.summary["failures"]) == (1, [])
+
+
+def test_a_run_that_was_asked_to_stop_too_late_is_done(tiny, tmp_path) -> None:
+    config = ExperimentConfig(arms=("baseline", "full"), tuning=QUICK, reach=False)
+
+    def press(stage: str, done: int, total: int) -> None:
+        if stage == "trials" and done == total:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    results = run(tiny, QUESTIONS, config, out=tmp_path, progress=press)
+    assert (results.summary["interrupted"], len(results.records)) == (False, 6)
+
+
+def test_an_engine_has_what_measures_and_explains_itself(tiny, gpt2_folder) -> None:
+    engine = workers.LocalEngine(workers.Worker(tiny))
+    with pytest.raises(ConfigError, match="an engine has fluency and explain itself"):
+        run(engine, QUESTIONS, fluency=PerplexityModel(gpt2_folder))
 
 
 def test_a_run_goes_on_only_with_the_perplexity_model_and_dictionaries_it_had(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray_runs import CONFIG, QUESTIONS, comparable
 
-from fusion_lens import ray_engine
+from fusion_lens import ray_engine, workers
 from fusion_lens.errors import ConfigError, ModelError
 from fusion_lens.experiment import run
 from fusion_lens.models import HookedModel
@@ -29,13 +29,17 @@ ray: Any = pytest.importorskip("ray", reason="Ray is an extra of its own")
 class Cursed:
     """A worker of the tiny model under what lies in a folder when it is given a task: every file
     "life..." costs a life, once; "fatal" holds a question's id; "rest" how long it rests over a
-    question, in seconds."""
+    question, in seconds; with "broken" nothing goes on from there."""
 
     recipe: Recipe
     folder: str
 
     def __call__(self) -> Worker:
         return _Cursed(self.recipe.opened(), Path(self.folder))
+
+
+def _breaks(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 class _Cursed(Worker):
@@ -50,6 +54,9 @@ class _Cursed(Worker):
         for life in self._folder.glob("life*"):
             life.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._told("broken") is not None:
+            (self._folder / "broken").unlink()
+            workers.choose = _breaks
         time.sleep(float(self._told("rest") or 0) * len(names))
         return super().solve(task, progress)
 
@@ -196,9 +203,12 @@ def test_settings_that_cannot_be_had_are_refused(started: None, recipe: Recipe) 
         RayEngine(recipe, workers=0)
     with pytest.raises(ConfigError, match="threads must be at least 1, but got -1"):
         RayEngine(recipe, threads=-1)
-    with pytest.raises(ConfigError, match="gpus_per_worker must be 0 or above, but got -0"):
-        RayEngine(recipe, gpus_per_worker=-0.5)
-    with pytest.raises(ConfigError, match="1 CPU cores and 999 GPUs for a worker, but has 8 and"):
+    for gpus in (-0.5, 1.5):
+        with pytest.raises(ConfigError, match=f"a part of one GPU, but got {gpus}"):
+            RayEngine(recipe, gpus_per_worker=gpus)
+    with pytest.raises(
+        ConfigError, match="1 CPU cores and 999 GPUs for a worker, but the largest has 8 and"
+    ):
         RayEngine(recipe, gpus_per_worker=999)
 
 
@@ -216,14 +226,62 @@ def task_of(names: str) -> Task:
     return Task(tuple((name, arm) for name in names for arm in ("x", "y")), (), Lenders(0))
 
 
+def test_there_is_room_where_a_machine_has_all_that_a_worker_needs() -> None:
+    room = ray_engine._room
+    assert [room({"CPU": 3.0}, threads, 0.0) for threads in (1, 2, 4)] == [3, 1, 0]
+    # two of 0.4 to a GPU, and no more
+    assert room({"CPU": 16.0, "GPU": 2.0}, 1, 0.4) == 4
+    assert [room({"CPU": 16.0, "GPU": 3.0}, 1, gpus) for gpus in (0.1, 1.0, 2.0)] == [16, 3, 1]
+    assert room({"CPU": 2.0}, 1, 1.0) == 0
+
+
+def test_workers_that_have_something_else_than_the_others_are_refused(pair: RayEngine) -> None:
+    own = pair.describe()
+    with pytest.raises(ConfigError, match="the same threads, but one has 1 and another 2"):
+        pair._know(replace(own, threads=2))
+    with pytest.raises(ConfigError, match=r"the same content, but one has .* and another \{\}"):
+        pair._know(replace(own, content={}))
+
+
+def test_a_worker_whose_device_is_broken_is_replaced(
+    single: RayEngine, curses: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (curses / "broken").touch()
+    results = run(single, QUESTIONS, CONFIG, out=tmp_path, progress=False)
+    assert results.summary["failures"] == []
+    assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]
+    assert "the device must be able to go on, but says: CUDA error" in caplog.text
+
+
+def test_who_stops_listening_leaves_no_task_behind(
+    single: RayEngine, curses: Path, alone: Path, tmp_path: Path
+) -> None:
+    (curses / "rest").write_text("30", "utf-8")
+    busy = single._actors[0]
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "trials":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(single, QUESTIONS, CONFIG, out=tmp_path, progress=stop)
+    (curses / "rest").unlink()
+    assert single._actors[0] is not busy
+    run(single, QUESTIONS, CONFIG, out=tmp_path, existing="resume", progress=False)
+    assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]
+
+
 def test_what_kills_together_is_halved_until_one_is_left() -> None:
     whole = ray_engine._Solving(0, 0, task_of("abc"))
     (again,) = whole.after_death()
     assert again.task.pairs == whole.task.pairs
     halves = again.after_death()
     assert ["".join(dict(own.task.pairs)) for own in halves] == ["a", "bc"]
+    # what is alone is held to have cost nobody yet, what is not is halved at once
+    _, b_and_c = halves
+    assert ["".join(dict(own.task.pairs)) for own in b_and_c.after_death()] == ["b", "c"]
     alone = halves[0]
-    for _ in range(2):
+    for _ in range(4):
         (alone,) = alone.after_death()
     assert alone.after_death() == []
     assert [(own.question_id, own.arm) for own in alone.failed().failures] == [
@@ -239,4 +297,4 @@ def test_a_block_that_is_prepared_in_parts_is_one_again() -> None:
     assert (first.number, first.block, second.block) == (3, block[:2], block[2:])
     joined = ray_engine._joined([second.failed(), replace(first, deaths=4).failed()])
     assert [own.question_id for own in joined.failed] == ["c", "d", "a", "b"]
-    assert "but 3 died" in joined.failed[0].message
+    assert "but 2 died" in joined.failed[0].message

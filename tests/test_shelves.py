@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fusion_lens.atlas import DICTIONARIES
 from fusion_lens.attribution import attribute
 from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
 from fusion_lens.errors import DictionaryError, InputFileError
-from fusion_lens.models import HookedModel, weights_digest
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import make_plan
 from fusion_lens.prompts import question_prompt
 from fusion_lens.shelves import Explainer, Label, Shelved, open_dictionaries, read_labels
@@ -128,6 +129,14 @@ def test_an_explainer_gives_the_largest_features_with_their_labels(atlas: Hooked
     assert features == found.top(3, {"crosscoder": shelved[0].texts})
     assert len(features) == 3
     assert any(each.label for each in features)
-    decoder = shelved[0].dictionary.decoder
-    assert explain.content == {"crosscoder": weights_digest([decoder])}
-    assert weights_digest([decoder]) != weights_digest([decoder * 1.1])
+    told = explain.content["crosscoder"]
+    for other in (
+        replace(shelved[0].dictionary, encoder_bias=shelved[0].dictionary.encoder_bias + 0.1),
+        replace(shelved[0].dictionary, decoder_weight=shelved[0].dictionary.decoder_weight * 1.1),
+    ):
+        changed = replace(shelved[0], dictionary=other)
+        assert Explainer(atlas, [changed], k=3).content["crosscoder"] != told
+    unlabelled = replace(shelved[0], labels={})
+    assert Explainer(atlas, [unlabelled], k=3).content["crosscoder"] != told
+    assert Explainer(atlas, shelved).content != explain.content
+    assert Explainer(atlas, shelved, k=3).content == explain.content
