@@ -7,7 +7,9 @@ Named is what is read by name somewhere; what else a summary says is left as it 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from fusion_lens.decoding import GenerationConfig
 from fusion_lens.prompts import Template

@@ -124,6 +124,8 @@ DOORS = {
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
     "huggingface_hub": {"hub"},
+    "pydantic": {"typed_json"},
+    "pydantic_core": {"typed_json"},
     "neuronpedia": {"feature_labels"},
 }
 
@@ -216,7 +218,8 @@ def test_a_package_has_one_door(package: str) -> None:
 def test_importing_the_package_loads_no_heavy_one() -> None:
     code = (
         "import sys, fusion_lens; "
-        "heavy = {'transformer_lens', 'sae_lens', 'transformers', 'plotly', 'ipywidgets'}; "
+        "heavy = {'transformer_lens', 'sae_lens', 'transformers', 'plotly', 'ipywidgets', "
+        "'pydantic'}; "
         "print(sorted(heavy & {*sys.modules}))"
     )
     done = subprocess.run(

@@ -4,7 +4,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from fusion_lens.errors import InputFileError
 from fusion_lens.typed_json import parsed, typed

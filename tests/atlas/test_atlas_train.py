@@ -189,7 +189,7 @@ def test_a_state_without_its_header_or_cut_is_refused(header, tmp_path):
     [
         ("{", "Expecting property name"),
         ('{"step": 1, "tokens": 2}', "seconds must be there, but is not"),
-        ('{"step": "1", "tokens": 2, "seconds": 0}', "step must be int, but got '1'"),
+        ('{"step": "1", "tokens": 2, "seconds": 0}', "step must be a valid integer, but got '1'"),
         ("[" * 100_000, "maximum recursion depth exceeded"),
     ],
 )
