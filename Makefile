@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 SECONDS_OF_FUZZING ?= 600
 
-.PHONY: run test chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray soak clean
+.PHONY: run test chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -65,6 +65,9 @@ bench-features: $(STAMP)
 
 bench-ray: $(STAMP)
 	$(BIN)/python benchmarks/ray_workers.py
+
+bench-cost: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

@@ -27,6 +27,7 @@ from fusion_lens.atlas import QUESTIONS, UNRELATED
 from fusion_lens.executors import lean_of
 from fusion_lens.experiment import run
 from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.generation import GenerationConfig
 from fusion_lens.models import HookedModel
 from fusion_lens.preparation import TuningConfig, prepare
 from fusion_lens.prompts import tokenize
@@ -41,13 +42,15 @@ SIMPLE_QA = 4326
 @dataclass(frozen=True, slots=True)
 class Size:
     """A model: parameters of its blocks, of the unembedding, and of an embedding of its own where
-    it has one; and what a cache holds of a token (keys and values of all layers)."""
+    it has one; the width of its queries, all layers together, and what a cache holds of a token
+    (keys and values of all layers)."""
 
     name: str
     layers: int
     d_model: int
     blocks: float
     unembed: float
+    queries: int
     cached: int
     embed: float = 0.0
 
@@ -92,8 +95,16 @@ def published(
     queries, keys, d_head = heads
     each = d_model * (2 * queries * d_head + 2 * keys * d_head + 3 * d_mlp)
     matrix = vocabulary * d_model
-    cached = 2 * layers * keys * d_head
-    return Size(name, layers, d_model, layers * each, matrix, cached, 0.0 if tied else matrix)
+    return Size(
+        name,
+        layers,
+        d_model,
+        layers * each,
+        matrix,
+        queries=layers * queries * d_head,
+        cached=2 * layers * keys * d_head,
+        embed=0.0 if tied else matrix,
+    )
 
 
 LARGE = (
@@ -168,7 +179,7 @@ def operations(part: Part, size: Size, at: Lengths) -> float:
     """Of the matrix products: 2 for each parameter that a token meets, and those of attention."""
     tokens = part.read + part.written
     predicted = part.predicting + part.written
-    attended = 4 * size.layers * size.d_model * (at.prompt + at.completion) / 2
+    attended = 4 * size.queries * (at.prompt + at.completion) / 2
     return tokens * (2 * size.blocks + attended) + predicted * 2 * size.unembed
 
 
@@ -196,7 +207,8 @@ def size_of(model: HookedModel) -> Size:
         int(cfg.d_model),
         blocks,
         int(cfg.d_vocab) * int(cfg.d_model),
-        2 * int(cfg.n_layers) * kv,
+        queries=int(cfg.n_layers) * int(cfg.n_heads) * int(cfg.d_head),
+        cached=2 * int(cfg.n_layers) * kv,
     )
 
 
@@ -268,8 +280,9 @@ class Gpu:
 
 
 def simple_qa(size: Size, gpu: Gpu, config: ExperimentConfig, at: Lengths) -> dict[str, Any]:
-    """Hours of one worker for all of SimpleQA, and how many GPUs that worker is."""
-    said = parts(config, at, 0.0, 2000)
+    """Hours for all of SimpleQA, and how many GPUs a worker is. Its questions have no other
+    wordings, and no unrelated text is given."""
+    said = parts(config, at)
     weights = 2 * size.weights
     length = at.prompt + at.completion + 16
     slot = 2 * size.cached * length
@@ -335,7 +348,9 @@ def markdown(found: dict[str, Any]) -> str:
 
 def measure(model: HookedModel, questions: list[Question], trials: int) -> dict[str, Any]:
     """Everything."""
-    tuning = TuningConfig(search=SearchConfig(trials=trials))
+    # few enough that rows fill them: idle slots are computed too
+    generation = GenerationConfig(slots=16)
+    tuning = TuningConfig(search=SearchConfig(trials=trials), generation=generation)
     configs = {
         "one search": ExperimentConfig(("baseline", "segmented"), tuning=tuning, reach=False),
         "all arms": ExperimentConfig(tuning=tuning, reach=False),

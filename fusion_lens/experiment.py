@@ -187,6 +187,7 @@ class _Kept(Protocol):
     detailed: set[str]
     lent: dict[str, int]
     resumed: bool
+    run: str
 
     def add(self, made: Made) -> None: ...
 
@@ -209,6 +210,7 @@ class _Memory:
         self.detailed: set[str] = set()
         self.lent: dict[str, int] = {}
         self.resumed = False
+        self.run = ""
         self._records: list[Result] = []
         self._details: list[Detail] = []
         self._failures: list[Failure] = []
@@ -389,8 +391,7 @@ class _Loop:
         if self._config.storage is not None:
             for (name, arm), own in found.items():
                 # who was killed may have handed it over without having kept its result
-                resumed = self._kept.resumed
-                export_tuned(own, self._config.storage, f"{name}/{arm}", replace=resumed)
+                export_tuned(own, self._config.storage, f"{name}/{arm}", run=self._kept.run)
         plans = {pair: own.plan for pair, own in found.items()}
         self._kept.add(Made(plans, solved.details, solved.failures, records))
         self.prepared |= {name for name, _ in solved.pairs}

@@ -15,6 +15,7 @@ questions, whoever finished first.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class RunFolder:
     `identity` is what is run. `existing` says what becomes of an earlier run there: "refuse",
     "resume" (what is done stays) or "overwrite". `done` are the (question, arm) with a result,
     `detailed` the questions whose details are settled: there, or a failure that lasts; `lent` what
-    `keep_lent` kept, if it did; `resumed` tells whether this run was begun there before.
+    `keep_lent` kept, if it did; `resumed` tells whether this run was begun there before, and `run`
+    is a digest of what is run.
 
     Raises:
         OutputError: if it cannot be made or written, holds files but no run, holds one that is to
@@ -93,9 +95,11 @@ class RunFolder:
         self.detailed: set[str] = set()
         self.lent: dict[str, int] = {}
         self.resumed = False
+        identity = _as_json(identity)
+        self.run = hashlib.sha256(_json(identity)).hexdigest()
         self._lock = self._locked()
         try:
-            self._open(_as_json(identity), existing)
+            self._open(identity, existing)
         except OSError as error:
             self.close()
             if isinstance(error, OutputError):

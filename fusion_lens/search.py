@@ -367,10 +367,10 @@ def export_study(
     name: str,
     attributes: Callable[[Any], Mapping[str, Any]],
     *,
-    replace: bool = False,
+    run: str = "",
 ) -> None:
     """Hand a finished study to an Optuna storage URL at once, `attributes(outcome)` with every
-    trial; with `replace` in the place of one of that name.
+    trial; in the place of one of that name that is of the same `run`, or was left empty.
 
     Raises:
         SearchError: if the storage cannot be opened or holds a study of that name.
@@ -391,11 +391,15 @@ def export_study(
     ]
     try:
         with _quiet():
-            if replace and name in optuna.get_all_study_names(storage):
-                optuna.delete_study(study_name=name, storage=storage)
+            if run and name in optuna.get_all_study_names(storage):
+                before = optuna.load_study(study_name=name, storage=storage)
+                if before.user_attrs.get("run") == run or not before.trials:
+                    optuna.delete_study(study_name=name, storage=storage)
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=tuned.study.directions
             )
+            if run:
+                study.set_user_attr("run", run)
             study.add_trials(trials)
     except Exception as error:  # a storage raises what its driver raises
         raise SearchError(

@@ -233,9 +233,9 @@ def tune(
     return tuned[0]
 
 
-def export_tuned(tuned: TunedPlan, storage: str, name: str, *, replace: bool = False) -> None:
+def export_tuned(tuned: TunedPlan, storage: str, name: str, *, run: str = "") -> None:
     """Hand a finished search to an Optuna storage URL: every trial with its prompt, text and
-    scores. With `replace` it takes the place of a study of that name.
+    scores. It takes the place of a study of that name that is of the same `run`.
 
     Raises:
         SearchError: if the storage cannot be opened or holds a study of that name.
@@ -255,7 +255,7 @@ def export_tuned(tuned: TunedPlan, storage: str, name: str, *, replace: bool = F
             "perplexity": graded.perplexity,
             "objective": graded.objective,
         },
-        replace=replace,
+        run=run,
     )
 
 

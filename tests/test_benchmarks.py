@@ -222,8 +222,8 @@ def test_the_cost_of_a_question_by_hand(script) -> None:
     }
     assert made["searches"] == cost.Part(6, 60, 6, 24)
     assert made["unrelated text"] == cost.Part(0, 300, 300, 0)
-    size = cost.Size("toy", layers=2, d_model=3, blocks=50, unembed=30, cached=12)
-    # 84 tokens through the blocks, with 4 * 2 * 3 products for each of 7 places; 30 are predicted
+    size = cost.Size("toy", 2, 3, blocks=50, unembed=30, queries=6, cached=12)
+    # 84 tokens through the blocks, with 4 * 6 products for each of 7 places; 30 are predicted
     assert cost.operations(made["searches"], size, at) == 84 * (100 + 168) + 30 * 60
 
 
@@ -231,7 +231,7 @@ def test_what_the_model_of_costs_says_of_a_run_is_what_is_counted(script, tiny, 
     cost = script("cost")
     tuning = TuningConfig(
         search=SearchConfig(trials=4, round_size=2),
-        generation=GenerationConfig(max_new_tokens=6),
+        generation=GenerationConfig(max_new_tokens=6, slots=3),
         explanation_tokens=4,
     )
     asked = [

@@ -416,10 +416,11 @@ def test_an_interrupted_run_says_so_and_how_to_go_on_and_exits_with_130(
     monkeypatch.setattr(arms, "tune_jobs", pressed)
     asked = ("run", "--model", stories_folder, "--questions", questions, "--trials", 2)
     asked = (*asked, "--arms", "baseline,full", "--no-reach", "--out", tmp_path / "run")
+    asked = (*asked, "--block-size", 1)
     code, _, err = command(*asked)
     assert code == 130
     assert "stopping when this batch is written" in err
-    assert f"--out {tmp_path / 'run'} --resume" in err.splitlines()[-1]
+    assert f"--out {tmp_path / 'run'} --block-size 1 --resume" in err.splitlines()[-1]
     assert load_results(tmp_path / "run").summary["interrupted"]
 
     def pressed_twice(*args: object, **options: object) -> None:
@@ -428,7 +429,7 @@ def test_an_interrupted_run_says_so_and_how_to_go_on_and_exits_with_130(
     monkeypatch.setattr(arms, "tune_jobs", pressed_twice)
     code, _, err = command(*asked, "--overwrite")
     assert code == 130
-    assert f"--out {tmp_path / 'run'} --resume" in err.splitlines()[-1]
+    assert f"--out {tmp_path / 'run'} --block-size 1 --resume" in err.splitlines()[-1]
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

@@ -24,6 +24,7 @@ REFINED = {
     "ActivationError": ValueError,
     "ConfigError": ValueError,
     "ContextLengthError": ValueError,
+    "DeviceError": RuntimeError,
     "ContrastError": ValueError,
     "DictionaryError": ValueError,
     "HookNameError": LookupError,

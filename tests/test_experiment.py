@@ -251,7 +251,22 @@ def test_a_study_of_a_block_that_was_lost_is_replaced(tiny, tmp_path, monkeypatc
     assert (len(results.records), results.summary["resumed"]) == (1, 0)
     study = optuna.load_study(study_name="a/full", storage=url)
     assert len(study.trials) == QUICK.search.trials
-    # of another run it is not
+    # of another run it is not, also where this one is gone on with
+    later = dataclasses.replace(config, storage=None, block_size=1)
+    folder = tmp_path / "later"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(
+                tiny,
+                QUESTIONS[:1],
+                dataclasses.replace(later, arms=("full", "baseline")),
+                out=folder,
+            )
+    asked = dataclasses.replace(config, arms=("full", "baseline"))
+    with pytest.raises(SearchError, match="the study 'a/full' must be new"):
+        run(tiny, QUESTIONS[:1], asked, out=folder, existing="resume")
+    assert len(optuna.load_study(study_name="a/full", storage=url).trials) == QUICK.search.trials
     with pytest.raises(SearchError, match="the study 'a/full' must be new"):
         run(tiny, QUESTIONS[:1], config, out=tmp_path / "other", existing="resume")
 
