@@ -335,15 +335,19 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     for own in found["simple_qa"]:
         hours = [
-            f"{own['hours'][n]:.1f} h" if n >= own["gpus_per_worker"] else "too small"
+            _told(own["hours"][n]) if n >= own["gpus_per_worker"] else "too small"
             for n in (1, 8, 64)
         ]
         lines.append(
             f"| {own['model']} | {own['weights_gb']:.0f} | {own['gpus_per_worker']} "
             f"| {own['slots']} | {own['cache_gb']:.1f} | {own['seconds_per_question']:.1f} "
-            f"| {own['gpu_hours']:.0f} | {' | '.join(hours)} |"
+            f"| {own['gpu_hours']:.1f} | {' | '.join(hours)} |"
         )
     return "\n".join(lines)
+
+
+def _told(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def measure(model: HookedModel, questions: list[Question], trials: int) -> dict[str, Any]:
