@@ -354,8 +354,8 @@ class _Loop:
             nonlocal in_work
             in_work = own
             for stage, per_question in each.items():
-                # a task that is begun again, in halves, does not take back what was told
-                now = max(told.get(stage, 0), done * per_question + own[stage])
+                # less than was told, where a task is begun again
+                now = done * per_question + own[stage]
                 if show is not None and told.get(stage) != now:
                     told[stage] = now
                     show(stage, now, n_questions * per_question)

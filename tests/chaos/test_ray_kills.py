@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
@@ -63,12 +64,26 @@ class Killer(threading.Thread):
                 self.killed.append(process)
 
 
+class Heard(logging.Handler):
+    """When something was said."""
+
+    def __init__(self, told: list[float]) -> None:
+        super().__init__()
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._told.append(time.monotonic())
+
+
 @pytest.mark.chaos_ray
 @pytest.mark.parametrize("workers", list(KILLS))
 def test_killed_workers_lose_nothing_and_do_nothing_twice(workers: int, tmp_path: Path) -> None:
     questions = select_questions(load_questions(QUESTIONS), split="test", limit=48)
     run(load_model(), questions, CONFIG, out=tmp_path / "alone", progress=False)
     told = [time.monotonic()]
+    # progress, and that a worker died: what a user sees
+    heard = Heard(told)
+    logging.getLogger("fusion_lens.ray_engine").addHandler(heard)
     with RayEngine(Recipe(), workers=workers) as engine:
         engine.describe()
         killer = Killer(engine, KILLS[workers], seed=workers)
@@ -80,6 +95,7 @@ def test_killed_workers_lose_nothing_and_do_nothing_twice(workers: int, tmp_path
             out=tmp_path / "killed",
             progress=lambda *_: told.append(time.monotonic()),
         )
+    logging.getLogger("fusion_lens.ray_engine").removeHandler(heard)
     silences = [after - before for before, after in pairwise(told)]
     print(
         f"{workers} workers: {len(killer.killed)} kills in {told[-1] - told[0]:.0f} s, "
