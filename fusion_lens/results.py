@@ -101,6 +101,11 @@ class Result:
         return None if self.composite is None else float(self.composite >= ACCURATE)
 
 
+def running_versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """What was run, on what, with what; `command` as it was typed, but for the storage's URL; None
@@ -128,7 +133,6 @@ class Provenance:
         threads: int,
     ) -> Provenance:
         """Gather the versions of the running environment."""
-        versions = {name: version(name) for name in _PACKAGES}
         return Provenance(
             command=command,
             model=model.name,
@@ -138,7 +142,7 @@ class Provenance:
             seed=seed,
             questions_sha256=questions_sha256,
             settings=settings,
-            versions={"python": platform.python_version(), **versions},
+            versions=running_versions(),
             threads=threads,
         )
 

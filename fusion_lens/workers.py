@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -33,6 +32,7 @@ from fusion_lens.plans import Gate, Segment
 from fusion_lens.preparation import Failure, Prepared, prepare, with_engine_shape
 from fusion_lens.prompts import Prompt, tokenize
 from fusion_lens.questions import Question
+from fusion_lens.results import running_versions
 from fusion_lens.scoring import Scorer, judge_item
 from fusion_lens.tracing import Explain, details_of
 from fusion_lens.transfer import Reach, measure
@@ -49,7 +49,6 @@ InWork = Counter[str]
 """What is done of tasks that are in work: "trials", samples among them, and "reach", the choices
 whose reach is measured."""
 
-_PACKAGES = ("fusion-lens", "torch", "transformers", "transformer-lens")
 _UNMEASURED = Reach(None, 0, None, 0, None)
 
 
@@ -174,8 +173,8 @@ class Worker:
             "explained": getattr(explain, "content", explain is not None),
         }
         name = None if fluency is None else fluency.name
-        versions = {package: version(package) for package in _PACKAGES}
-        return Description(identify(self.model), name, torch.get_num_threads(), content, versions)
+        threads = torch.get_num_threads()
+        return Description(identify(self.model), name, threads, content, running_versions())
 
     def shaped(self, setup: Setup, pool: Sequence[Question]) -> Setup:
         """The same with numbers for slots, cache length and room that serve all these questions.
