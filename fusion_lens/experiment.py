@@ -8,7 +8,6 @@ grow with their number; all rounds of a block share one batch. The work is done 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ from fusion_lens.divergence import read_text
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError
 from fusion_lens.experiment_config import ExperimentConfig
-from fusion_lens.judges import Judge, LexicalJudge, Verdict
+from fusion_lens.judged_results import judged_result
+from fusion_lens.judges import Judge, LexicalJudge
 from fusion_lens.lenders import Lenders, Ready, gathered
 from fusion_lens.models import HookedModel, ModelIdentity
 from fusion_lens.perplexity import PerplexityModel
@@ -33,13 +33,14 @@ from fusion_lens.progress import Progress, shown
 from fusion_lens.questions import Question, questions_digest
 from fusion_lens.results import SCHEMA_VERSION, Provenance, Result, Results, Summary
 from fusion_lens.run_folder import Made, RunFolder
-from fusion_lens.scores import composite
+from fusion_lens.run_identity import identity_of, settings_of
+from fusion_lens.run_memory import RunMemory
 from fusion_lens.search import check_storage
 from fusion_lens.stopping import Stop, stopping
 from fusion_lens.summary import compare_arms, summarise_arms, summarise_groups
 from fusion_lens.tracing import Explain
 from fusion_lens.tuning import export_tuned
-from fusion_lens.workers import Engine, InWork, LocalEngine, Outcome, Setup, Solved, Task, Worker
+from fusion_lens.workers import Engine, InWork, LocalEngine, Setup, Solved, Task, Worker
 
 if TYPE_CHECKING:
     from fusion_lens.methods.dsas import FittedGate
@@ -104,13 +105,7 @@ def run(
     ids = [question.id for question in questions]
     if len(set(ids)) != len(ids):
         raise ConfigError("question ids must be unique, but two questions share one.")
-    engine: Engine
-    if isinstance(model, Engine):
-        if fluency is not None or explain is not None:
-            raise ConfigError("an engine has fluency and explain itself, but they were given too.")
-        engine = model
-    else:
-        engine = LocalEngine(Worker(model, fluency=fluency, explain=explain))
+    engine = _engine(model, fluency, explain)
     has = engine.describe()
     _check_gate(gate, has.model, config)
     pool, donors = pool or questions, donors or questions
@@ -125,58 +120,48 @@ def run(
         check_storage(config.storage, studies)
     setup = engine.set_up(setup, pool)
     config = setup.config
-    settings = _settings(config, text) | {
+    settings = settings_of(config, text) | {
         "perplexity_model": has.fluency,
         "gate": None if gate is None else gate.to_dict(),
     }
     with ExitStack() as stack:
-        kept: _Kept = _Memory()
+        kept: _Kept = RunMemory()
         if out is not None:
-            identity = {
-                "model": {**asdict(has.model), "name": None},
-                "questions": [question.id for question in questions],
-                "questions_sha256": questions_digest(questions),
-                "pool_sha256": questions_digest(pool),
-                "donors_sha256": questions_digest(donors) if config.lends else None,
-                "judge": {"name": judge.name, "grade": judge.grade},
-                **has.content,
-                "settings": _deciding(settings),
-            }
+            lending = donors if config.lends else None
+            identity = identity_of(has, questions, pool, lending, judge=judge, settings=settings)
             kept = stack.enter_context(RunFolder(out, identity, existing=existing))
             if config.storage is not None and existing == "resume" and not kept.resumed:
                 check_storage(config.storage, studies)
-        loop = _Loop(engine, setup, kept, judge, stack.enter_context(stopping(_STOPPING)))
-        loop.run(questions, donors, stack.enter_context(shown(progress)))
-        records, seed = loop.records(ids), config.tuning.search.seed
+        stop = stack.enter_context(stopping(_STOPPING))
+        loop = _Loop(engine, setup, kept, judge, stop, questions)
+        loop.run(donors, stack.enter_context(shown(progress)))
+        provenance = Provenance.of(
+            has.model,
+            command=command,
+            seed=config.tuning.search.seed,
+            questions_sha256=questions_digest(questions),
+            settings=settings,
+            threads=has.threads,
+        )
         summary = {
             "schema_version": SCHEMA_VERSION,
-            "provenance": asdict(
-                Provenance.of(
-                    has.model,
-                    command=command,
-                    seed=seed,
-                    questions_sha256=questions_digest(questions),
-                    settings=settings,
-                    threads=has.threads,
-                )
-            ),
+            "provenance": asdict(provenance),
             "questions": {"n": len(questions), **(source or {})},
-            "arms": summarise_arms(records, config.arms, len(loop.prepared), seed),
-            "comparisons": [asdict(each) for each in compare_arms(records, config.arms, seed)],
-            "groups": summarise_groups(records, config.arms, seed),
-            "failures": [asdict(each) for each in loop.failures(ids, records)],
-            "generic_share": _generic_share(kept.details()),
-            "donors": loop.lent,
-            "judge": {"name": judge.name, "grade": judge.grade, **_costs(judge)},
-            "unrelated_tokens": setup.unrelated_tokens,
-            "engine": loop.log.to_dict(),
-            "interrupted": loop.interrupted,
-            "resumed": loop.found,
+            **loop.summary(),
             "seconds": round(time.perf_counter() - began, 2),
         }
-        order = {pair: n for n, pair in enumerate((q, arm) for q in ids for arm in config.arms)}
-        kept.finish(summary, order)
-        return Results(tuple(loop.records(ids)), Summary(summary), kept.details())
+        kept.finish(summary, loop.order)
+        return Results(tuple(loop.records()), Summary(summary), kept.details())
+
+
+def _engine(
+    model: HookedModel | Engine, fluency: PerplexityModel | None, explain: Explain | None
+) -> Engine:
+    if not isinstance(model, Engine):
+        return LocalEngine(Worker(model, fluency=fluency, explain=explain))
+    if fluency is not None or explain is not None:
+        raise ConfigError("an engine has fluency and explain itself, but they were given too.")
+    return model
 
 
 @runtime_checkable
@@ -202,70 +187,39 @@ class _Kept(Protocol):
     def finish(self, summary: Mapping[str, Any], order: Mapping[tuple[str, str], int]) -> None: ...
 
 
-class _Memory:
-    """Of a run without a folder."""
-
-    def __init__(self) -> None:
-        self.done: set[tuple[str, str]] = set()
-        self.detailed: set[str] = set()
-        self.lent: dict[str, int] = {}
-        self.resumed = False
-        self.run = ""
-        self._records: list[Result] = []
-        self._details: list[Detail] = []
-        self._failures: list[Failure] = []
-
-    def add(self, made: Made) -> None:
-        self._records += made.records
-        self._details += made.details
-        self._failures += made.failures
-
-    def keep_lent(self, lent: Mapping[str, int]) -> None:
-        self.lent = dict(lent)
-
-    def records(self) -> list[Result]:
-        return self._records
-
-    def details(self) -> tuple[Detail, ...]:
-        return tuple(self._details)
-
-    def failures(self) -> list[Failure]:
-        return self._failures
-
-    def finish(self, summary: Mapping[str, Any], order: Mapping[tuple[str, str], int]) -> None:
-        self._records.sort(key=lambda own: order[own.question_id, own.arm])
-        names = list(dict.fromkeys(name for name, _ in order))
-        self._details.sort(key=lambda own: names.index(own.question_id))
-
-
 class _Loop:
-    """One run: what is still to be done, block by block, and what it came to. `prepared` are the
-    questions whose arms have run, `found` the results that were there before."""
+    """One run: what is still to be done, block by block, and what it came to. `order` is that of
+    the results, by question and arm."""
 
-    def __init__(self, engine: Engine, setup: Setup, kept: _Kept, judge: Judge, stop: Stop) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        setup: Setup,
+        kept: _Kept,
+        judge: Judge,
+        stop: Stop,
+        questions: Sequence[Question],
+    ) -> None:
         self._engine = engine
         self._setup = setup
         self._config = setup.config
         self._kept = kept
         self._judge = judge
         self._stop = stop
+        self._questions = questions
         self._unprepared: dict[str, Failure] = {}
         self._wanted: set[str] = set()
-        self.log = EngineLog()
-        self.lent = kept.lent or {"n": 0, "mismatched": 0, "sharing_a_word": 0}
-        self.found = len(kept.done)
-        self.prepared = {name for name, _ in kept.done}
+        self._log = EngineLog()
+        self._lent = kept.lent or {"n": 0, "mismatched": 0, "sharing_a_word": 0}
+        self._found = len(kept.done)
+        # the questions whose arms have run
+        self._prepared = {name for name, _ in kept.done}
+        pairs = ((question.id, arm) for question in questions for arm in self._config.arms)
+        self.order = {pair: n for n, pair in enumerate(pairs)}
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether it was asked to stop, and did before all was done."""
-        return self._stop.asked and bool(self._wanted - self.prepared - self._unprepared.keys())
-
-    def run(
-        self, questions: Sequence[Question], donors: Sequence[Question], show: Progress | None
-    ) -> None:
+    def run(self, donors: Sequence[Question], show: Progress | None) -> None:
         """Everything that is not there yet."""
-        config = self._config
+        config, questions = self._config, self._questions
         wanted: dict[str, tuple[str, ...]] = {}
         for question in questions:
             missing = [arm for arm in config.arms if (question.id, arm) not in self._kept.done]
@@ -290,22 +244,41 @@ class _Loop:
             self._unprepared = {name: lenders.failures[name] for name in lenders.failures}
             # of a run that goes on, only a part may have been prepared
             if not self._kept.lent:
-                self.lent = _lent(lenders, [question.id for question in questions], config)
+                self._lent = _lent(lenders, [question.id for question in questions], config)
             if self._stop.asked:
                 return
-            self._kept.keep_lent(self.lent)
+            self._kept.keep_lent(self._lent)
             self._solve(wanted, lenders, len(questions), show)
 
-    def records(self, ids: Sequence[str]) -> list[Result]:
-        """All results, in the order of questions and arms."""
-        order = {
-            pair: n for n, pair in enumerate((q, arm) for q in ids for arm in self._config.arms)
-        }
-        return sorted(self._kept.records(), key=lambda own: order[own.question_id, own.arm])
+    def records(self) -> list[Result]:
+        """All results, in their order."""
+        return sorted(self._kept.records(), key=lambda own: self.order[own.question_id, own.arm])
 
-    def failures(self, ids: Sequence[str], records: Sequence[Result]) -> list[Failure]:
+    def summary(self) -> dict[str, Any]:
+        """What it came to."""
+        records, arms, seed = self.records(), self._config.arms, self._config.tuning.search.seed
+        left = self._wanted - self._prepared - self._unprepared.keys()
+        return {
+            "arms": summarise_arms(records, arms, len(self._prepared), seed),
+            "comparisons": [asdict(each) for each in compare_arms(records, arms, seed)],
+            "groups": summarise_groups(records, arms, seed),
+            "failures": [asdict(each) for each in self._failures(records)],
+            "generic_share": _generic_share(self._kept.details()),
+            "donors": self._lent,
+            "judge": {
+                "name": self._judge.name,
+                "grade": self._judge.grade,
+                **_costs(self._judge),
+            },
+            "unrelated_tokens": self._setup.unrelated_tokens,
+            "engine": self._log.to_dict(),
+            "interrupted": self._stop.asked and bool(left),
+            "resumed": self._found,
+        }
+
+    def _failures(self, records: Sequence[Result]) -> list[Failure]:
         """What could not be prepared, run, or scored: in that order."""
-        place = {name: n for n, name in enumerate(ids)}
+        place = {question.id: n for n, question in enumerate(self._questions)}
         unprepared = [own for name, own in self._unprepared.items() if name in place]
         not_finite = [
             Failure.of(own.question_id, ActivationError(_NOT_FINITE), own.arm)
@@ -325,7 +298,7 @@ class _Loop:
         if show is not None:
             show("preparing", 0, total)
         for block, ready in zip(blocks, self._engine.prepare(blocks), strict=False):
-            self.log.add(ready.log)
+            self._log.add(ready.log)
             done += len(block)
             if show is not None:
                 show("preparing", done, total)
@@ -379,11 +352,11 @@ class _Loop:
             tell(in_work - Counter({stage: n_done * own for stage, own in each.items()}))
 
     def _keep(self, solved: Solved, lenders: Lenders) -> None:
-        self.log.add(solved.log)
+        self._log.add(solved.log)
         verdicts = self._judge.judge([each.item for each in solved.outcomes])
         graded = self._judge.grade
         records = [
-            _result(each, verdict, lenders, self._config, graded=graded)
+            judged_result(each, verdict, lenders, self._config, graded=graded)
             for each, verdict in zip(solved.outcomes, verdicts, strict=True)
         ]
         tuned = {(o.chosen.question_id, o.chosen.arm): o.chosen.tuned for o in solved.outcomes}
@@ -394,7 +367,7 @@ class _Loop:
                 export_tuned(own, self._config.storage, f"{name}/{arm}", run=self._kept.run)
         plans = {pair: own.plan for pair, own in found.items()}
         self._kept.add(Made(plans, solved.details, solved.failures, records))
-        self.prepared |= {name for name, _ in solved.pairs}
+        self._prepared |= {name for name, _ in solved.pairs}
 
 
 def _lent(lenders: Lenders, names: Sequence[str], config: ExperimentConfig) -> dict[str, int]:
@@ -413,72 +386,6 @@ def _generic_share(details: Sequence[Detail]) -> dict[str, Any]:
     shares = [each.generic_share for each in details if each.generic_share is not None]
     means = [sum(share) / len(share) for share in shares]
     return {"median": median(means) if means else None, "n": len(means)}
-
-
-def _composite(
-    config: ExperimentConfig, overlap: float | None, grade: float | None
-) -> float | None:
-    """As published, what is missing counts 0; else the composite is unscored."""
-    if config.tuning.metrics == "published":
-        return composite(overlap or 0.0, grade)
-    return None if overlap is None or grade is None else composite(overlap, grade)
-
-
-def _result(
-    outcome: Outcome,
-    verdict: Verdict,
-    lenders: Lenders,
-    config: ExperimentConfig,
-    *,
-    graded: bool,
-) -> Result:
-    chosen = outcome.chosen
-    question, scores = chosen.prepared.question, chosen.graded
-    search = None if chosen.tuned is None else chosen.tuned.tuned
-    mismatched = chosen.arm in TUNED and TUNED[chosen.arm].vectors == "mismatched"
-    return Result(
-        question_id=question.id,
-        arm=chosen.arm,
-        subject=question.subject or question.id,
-        topic=question.topic,
-        answer_type=question.answer_type,
-        question=question.question,
-        answer=question.answer,
-        explanation=chosen.prepared.explanation,
-        completion=scores.completion.text,
-        extracted=scores.answer,
-        ended=scores.completion.ended,
-        finite=scores.completion.finite,
-        margin=scores.completion.margin,
-        coeffs={} if search is None else dict(search.best.coeffs),
-        extra={} if search is None else dict(search.best.extra),
-        injected_norm=0.0 if search is None else search.best.injected_norm,
-        objective=scores.objective,
-        overlap=scores.overlap,
-        exact_match=scores.exact_match,
-        contained_match=scores.contained_match,
-        token_f1=scores.token_f1,
-        nll=scores.nll,
-        perplexity=scores.perplexity,
-        distinct_2=scores.distinct_2,
-        repetition=scores.repetition,
-        **asdict(outcome.reach),
-        label=verdict.label,
-        grade=verdict.grade,
-        composite=_composite(config, scores.overlap, verdict.grade) if graded else None,
-        judged=verdict.explanation,
-        n_trials=chosen.n_samples if search is None else len(search.trials),
-        best_trial=1 if search is None else search.best.number,
-        zero_won=None if search is None else search.zero_won,
-        tied=None if search is None else search.tied,
-        donor=lenders.donors[question.id].id if mismatched else None,
-        n_not_finite=(
-            int(not scores.completion.finite)
-            if search is None
-            else sum(not trial.outcome.completion.finite for trial in search.trials)
-        ),
-        seconds=round(chosen.seconds, 4),
-    )
 
 
 def _costs(judge: Judge) -> dict[str, Any]:
@@ -500,22 +407,3 @@ def _check_gate(gate: FittedGate | None, model: ModelIdentity, config: Experimen
         raise ConfigError(f"a gate must be of the model that is run, but {reason}.")
     if gate.site != "resid_post":
         raise ConfigError(f"the gated arm needs a gate at resid_post, but got {gate.site}.")
-
-
-def _settings(config: ExperimentConfig, unrelated: str | None) -> dict[str, Any]:
-    settings = asdict(config)
-    sampler = config.tuning.search.sampler
-    settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
-    # a storage URL may hold a password
-    settings["storage"] = config.storage is not None
-    settings["unrelated"] = None if config.unrelated is None else config.unrelated.name
-    settings["unrelated_sha256"] = (
-        None if unrelated is None else hashlib.sha256(unrelated.encode()).hexdigest()
-    )
-    return settings
-
-
-def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that results depend on; files and models are held by their content."""
-    others = ("block_size", "storage", "unrelated", "perplexity_model")
-    return {name: own for name, own in settings.items() if name not in others}

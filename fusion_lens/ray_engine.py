@@ -13,25 +13,24 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError, DeviceError, MissingExtraError
 from fusion_lens.lenders import Ready
-from fusion_lens.preparation import Failure
 from fusion_lens.questions import Question
+from fusion_lens.ray_jobs import Job, Preparing, Solving, joined
 from fusion_lens.workers import Description, InWork, Setup, Solved, Task, Worker
 
 _LOG = logging.getLogger(__name__)
 _BLOCKS_EACH = 4
 """Tasks for each actor, so that none waits long for the last, where they are many."""
 _FILLS = 8
-_TOGETHER, _ALONE = 2, 5
-"""How often a task may lose its actor before it is halved, and when it is of one question."""
+_STILLBORN = 5
+"""How many may die in a row for each worker, before they were of use."""
 _PAUSE = 1.0
 _SILENCE = 60.0
 """Seconds after which it is said that nothing comes."""
@@ -158,10 +157,10 @@ class RayEngine:
         sizes: dict[int, int] = {}
         awaited = 0
 
-        def jobs() -> Iterator[_Job]:
+        def jobs() -> Iterator[Job]:
             for number, block in enumerate(blocks):
                 sizes[number] = len(block)
-                yield _Preparing(number, 0, tuple(block))
+                yield Preparing(number, 0, tuple(block))
 
         for job, ready in self._each(jobs(), stopping=lambda: False, progress=lambda n: None):
             parts.setdefault(job.number, []).append(ready)
@@ -169,7 +168,7 @@ class RayEngine:
                 own = parts[awaited]
                 if sum(len(each.prepared) + len(each.failed) for each in own) < sizes[awaited]:
                     break
-                yield _joined(parts.pop(awaited))
+                yield joined(parts.pop(awaited))
                 awaited += 1
 
     def solve(
@@ -180,21 +179,21 @@ class RayEngine:
         progress: Callable[[InWork], None],
     ) -> Iterator[Solved]:
         """See `Engine`; in the order in which they are done."""
-        jobs = (_Solving(number, 0, task) for number, task in enumerate(tasks))
+        jobs = (Solving(number, 0, task) for number, task in enumerate(tasks))
         for _, solved in self._each(jobs, stopping=stopping, progress=progress):
             yield solved
 
     def _each(
         self,
-        jobs: Iterator[_Job],
+        jobs: Iterator[Job],
         *,
         stopping: Callable[[], bool],
         progress: Callable[[InWork], None],
-    ) -> Iterator[tuple[_Job, Any]]:
+    ) -> Iterator[tuple[Job, Any]]:
         """Jobs with what they came to, as they are done; each actor has one at a time, and a new
         actor none before it is up."""
-        again: deque[_Job] = deque()
-        flying: dict[Any, tuple[Any, _Job]] = {}
+        again: deque[Job] = deque()
+        flying: dict[Any, tuple[Any, Job]] = {}
         opening: dict[Any, Any] = {}
         idle = list(self._actors)
         told = _Told(self._ray, progress)
@@ -339,7 +338,7 @@ class RayEngine:
             ConfigError: if too many died in a row before they were of use.
         """
         self._stillborn += 1
-        if self._stillborn > _ALONE * self.workers:
+        if self._stillborn > _STILLBORN * self.workers:
             raise ConfigError(
                 f"a worker must be able to open its model, but {self._stillborn} died in a row; "
                 f"see Ray's logs, and give each more memory: {_first_line(error)}"
@@ -457,71 +456,6 @@ class _Told:
         self._asked.pop(actor, None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Preparing:
-    number: int
-    deaths: int
-    block: tuple[Question, ...]
-
-    def on(self, actor: Any) -> Any:
-        return actor.prepare.remote(self.block)
-
-    def after_death(self) -> list[_Job]:
-        """What is done again."""
-        parts = [self.block[part] for part in _cut(len(self.block), self.deaths + 1)]
-        return [_Preparing(self.number, _deaths_of(self, len(p), len(parts)), p) for p in parts]
-
-    def failed(self) -> Ready:
-        """Where nothing is done again."""
-        failures = [Failure.of(question.id, _killed(self.deaths + 1)) for question in self.block]
-        return Ready((), failures, EngineLog())
-
-
-@dataclass(frozen=True, slots=True)
-class _Solving:
-    number: int
-    deaths: int
-    task: Task
-
-    def on(self, actor: Any) -> Any:
-        return actor.solve.remote(self.task)
-
-    def after_death(self) -> list[_Job]:
-        """What is done again."""
-        names = list(dict.fromkeys(name for name, _ in self.task.pairs))
-        parts = [names[part] for part in _cut(len(names), self.deaths + 1)]
-        return [
-            _Solving(self.number, _deaths_of(self, len(p), len(parts)), self.task.only(p))
-            for p in parts
-        ]
-
-    def failed(self) -> Solved:
-        """Where nothing is done again."""
-        cause = _killed(self.deaths + 1)
-        failures = [Failure.of(name, cause, arm) for name, arm in self.task.pairs]
-        return Solved(self.task.pairs, (), (), tuple(failures), EngineLog())
-
-
-_Job = _Preparing | _Solving
-
-
-def _cut(size: int, deaths: int) -> list[slice]:
-    """What of a job that has lost so many actors is done again, and how it is divided."""
-    if size == 1:
-        return [] if deaths >= _ALONE else [slice(0, 1)]
-    if deaths < _TOGETHER:
-        return [slice(0, size)]
-    return [slice(0, size // 2), slice(size // 2, size)]
-
-
-def _deaths_of(job: _Job, size: int, n_parts: int) -> int:
-    """How many a part of a job is held to have cost: those of its own question when it is alone,
-    and so many that it is halved again otherwise."""
-    if n_parts == 1:
-        return job.deaths + 1
-    return 0 if size == 1 else _TOGETHER - 1
-
-
 def _room(node: Mapping[str, float], threads: int, gpus: float | int) -> int:
     """How many workers a machine has room for; no part of a worker's GPU is on another one."""
     cores = int(node.get("CPU", 0.0) / threads)
@@ -534,24 +468,6 @@ def _room(node: Mapping[str, float], threads: int, gpus: float | int) -> int:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def _killed(deaths: int) -> RuntimeError:
-    return RuntimeError(
-        f"a question must leave its worker alive, but {deaths} died over this one; "
-        "the machine's or Ray's log says of what, most often of too little memory."
-    )
-
-
-def _joined(parts: Sequence[Ready]) -> Ready:
-    if len(parts) == 1:
-        return parts[0]
-    prepared = [own for part in parts for own in part.prepared]
-    prepared.sort(key=lambda own: own.question.id)
-    log = EngineLog()
-    for part in parts:
-        log.add(part.log)
-    return Ready(prepared, [own for part in parts for own in part.failed], log)
 
 
 def _ray() -> Any:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,9 +20,9 @@ from fusion_lens.activations import padded_length
 from fusion_lens.arms import Bench, Chosen, choose, most_rows, prefix_of_question
 from fusion_lens.details import Detail
 from fusion_lens.divergence import n_counted, pieces_of
-from fusion_lens.engine_log import EngineLog, out_of_memory
-from fusion_lens.errors import DeviceError
+from fusion_lens.engine_log import EngineLog
 from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.isolation import Tried, isolated
 from fusion_lens.judges import JudgeItem
 from fusion_lens.lenders import Lenders, Ready
 from fusion_lens.memory import release_freed
@@ -38,10 +38,6 @@ from fusion_lens.tracing import Explain, details_of
 from fusion_lens.transfer import Reach, measure
 from fusion_lens.tuning import make_segments
 
-T = TypeVar("T")
-M = TypeVar("M")
-Made = tuple[list[M], list[Failure]]
-"""What was made, and what could not be."""
 Pair = tuple[str, str]
 """The id of a question, and an arm."""
 
@@ -209,10 +205,10 @@ class Worker:
         """`preparation.prepare`, and what failed otherwise by itself."""
         log = EngineLog(halvings=self._halvings)
 
-        def attempt(some: Sequence[Question]) -> Made[Prepared]:
+        def attempt(some: Sequence[Question]) -> Tried[Prepared]:
             return prepare(self.model, some, self._setup.config.tuning, log=log)
 
-        prepared, failed = _apart(
+        prepared, failed = isolated(
             attempt, questions, lambda question, error: Failure.of(question.id, error), log
         )
         self._halvings = log.halvings
@@ -232,25 +228,25 @@ class Worker:
             gate=setup.gate,
         )
 
-        def run(pairs: Sequence[Pair]) -> Made[Outcome]:
+        def run(pairs: Sequence[Pair]) -> Tried[Outcome]:
             made: list[Outcome] = []
             before: InWork = Counter()
             for arms, names in _alike(pairs):
-                course = _Course(before, progress)
-                made += self._outcomes(bench, [prepared[name] for name in names], arms, course)
-                before = course.done
+                tally = _Tally(before, progress)
+                made += self._outcomes(bench, [prepared[name] for name in names], arms, tally)
+                before = tally.done
             return made, []
 
-        outcomes, failed = _apart(
+        outcomes, failed = isolated(
             run, task.pairs, lambda pair, error: Failure.of(pair[0], error, pair[1]), log
         )
 
-        def tell(names: Sequence[str]) -> Made[Detail]:
+        def tell(names: Sequence[str]) -> Tried[Detail]:
             chosen = [one.chosen for one in outcomes if one.chosen.question_id in names]
             items = [prepared[name] for name in names]
             return details_of(bench, items, chosen, self._explain), []
 
-        details, untold = _apart(tell, task.undetailed, Failure.of, log)
+        details, untold = isolated(tell, task.undetailed, Failure.of, log)
         self._halvings = log.halvings
         release_freed()
         return Solved(task.pairs, tuple(outcomes), tuple(details), (*failed, *untold), log)
@@ -260,12 +256,12 @@ class Worker:
         bench: Bench,
         items: Sequence[Prepared],
         arms: Sequence[str],
-        course: _Course,
+        tally: _Tally,
     ) -> list[Outcome]:
-        chosen = choose(bench, items, arms, self._segments, progress=partial(course.tell, "trials"))
+        chosen = choose(bench, items, arms, self._segments, progress=partial(tally.tell, "trials"))
         reached = [_UNMEASURED] * len(chosen)
         if self._setup.config.reach:
-            told = partial(course.tell, "reach")
+            told = partial(tally.tell, "reach")
             reached = measure(bench, chosen, self._unrelated, progress=told)
         return [
             Outcome(each, reach, self._item(each))
@@ -278,7 +274,7 @@ class Worker:
         return judge_item(self.model, item.question, item.prompt, written, config)
 
 
-class _Course:
+class _Tally:
     """Some arms of some questions, after what was done `before`."""
 
     def __init__(self, before: InWork, progress: Callable[[InWork], None] | None) -> None:
@@ -327,46 +323,6 @@ class LocalEngine:
             yield self._worker.solve(task, progress)
             if stopping():
                 return
-
-
-def _apart(
-    attempt: Callable[[Sequence[T]], Made[M]],
-    items: Sequence[T],
-    blame: Callable[[T, Exception], Failure],
-    log: EngineLog,
-) -> Made[M]:
-    """What an attempt makes of all items; where it raises, of each half, and so on: the items that
-    fail alone are failures. Memory that one item had too little of is not taken from the others.
-
-    Raises:
-        DeviceError: if nothing that is done after this would succeed; no item is to blame.
-    """
-    if not items:
-        return [], []
-    halvings = log.halvings
-    try:
-        return attempt(items)
-    except Exception as error:
-        if _broken(error):
-            raise DeviceError(
-                "the device must be able to go on, but says: "
-                f"{str(error).strip().splitlines()[0]}; start again, and go on with the run."
-            ) from error
-        if len(items) == 1:
-            log.halvings = halvings
-            return [], [blame(items[0], error)]
-    log.halvings = halvings
-    middle = len(items) // 2
-    halves = [_apart(attempt, part, blame, log) for part in (items[:middle], items[middle:])]
-    return [one for made, _ in halves for one in made], [one for _, own in halves for one in own]
-
-
-def _broken(error: Exception) -> bool:
-    """Whether the device, and not what was done on it, is at fault."""
-    told = isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and "CUDA error" in str(error)
-    )
-    return told and not out_of_memory(error)
 
 
 def _alike(pairs: Sequence[Pair]) -> list[tuple[tuple[str, ...], list[str]]]:

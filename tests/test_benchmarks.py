@@ -22,6 +22,7 @@ from fusion_lens.questions import Question, load_questions, save_questions
 from fusion_lens.search import SearchConfig
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -209,6 +209,7 @@ def test_texts_beyond_the_context_end_tune_and_generate(
         assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_is_reported_again_and_compared_with_another(
     command, stories_folder, questions, tmp_path
 ) -> None:
@@ -320,6 +321,7 @@ def test_simpleqa_is_read_as_it_was_published(command, tmp_path) -> None:
     assert all(record.question_id.startswith("simpleqa-") for record in results.records)
 
 
+@pytest.mark.slow
 def test_the_features_of_a_plan_are_shown_and_drawn(command, tmp_path) -> None:
     settings = ("--trials", 6, "--max-new-tokens", 12, "--slots", 8)
     run = ("run", "--question-id", "atlas-test-0003", "--arms", "segmented,full", "--no-reach")
@@ -460,6 +462,7 @@ def few_sources(tmp_path):
     return tmp_path / "few.jsonl"
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_a_file_of_contrasts(command, few_sources, tmp_path) -> None:
     code, out, _ = command(
         *("compare-methods", "--contrasts", few_sources, "--methods", "generic,prompting"),
@@ -513,6 +516,7 @@ def test_a_comparison_that_cannot_be_made_is_one_line(command, arguments, says) 
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_gated_run_fits_its_gate_on_the_other_split(command, tmp_path) -> None:
     code, _, _ = command(
         *("run", "--arms", "baseline,masked,gated", "--limit", 2, "--trials", 4, "--no-reach"),

@@ -177,6 +177,7 @@ def test_results_are_byte_equal_in_any_order_and_any_blocks(tiny, finished, tmp_
     assert sorted(lines_without_times(tmp_path)) == sorted(lines_without_times(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["lean", "hooks"])
 def test_another_slot_shape_gives_the_same_completions_and_coefficients(atlas, executor) -> None:
     questions = select_questions(load_questions(ATLAS_QUESTIONS), split="dev", limit=3)

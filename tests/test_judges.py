@@ -273,6 +273,7 @@ def test_every_gold_answer_of_simpleqa_is_right_as_its_own_completion(
     assert set(labels_of(sentences)) == {RIGHT}
 
 
+@pytest.mark.slow
 def test_the_gold_answers_of_other_simpleqa_questions_are_wrong(
     simpleqa: list[Question],
 ) -> None:

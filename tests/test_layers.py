@@ -56,7 +56,9 @@ LAYERS = (
     {"experiment_config", "method_suite"},
     {"method_bench"},
     {"transfer", "selection", "faithfulness", "tracing"},
+    {"isolation"},
     {"workers"},
+    {"judged_results", "run_identity", "run_memory", "ray_jobs"},
     {
         *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
         *{"report_data", "method_plots", "front_plots"},

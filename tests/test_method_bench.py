@@ -195,6 +195,7 @@ def test_divergence_is_that_of_each_strength_on_unrelated_text(
     assert bench.points[0].kl is None
 
 
+@pytest.mark.slow
 def test_what_acts_on_prompts_alone_has_no_divergence(atlas: HookedModel) -> None:
     made = compare_methods(
         atlas,

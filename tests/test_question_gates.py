@@ -48,6 +48,7 @@ def test_a_gate_tells_questions_that_are_failed_from_their_neighbours(atlas) -> 
     assert gate.accuracy == pytest.approx(expected.accuracy, abs=0.03)
 
 
+@pytest.mark.slow
 def test_whether_a_question_is_known_is_told_in_more_than_five_directions(atlas) -> None:
     dev = select_questions(load_questions(QUESTIONS), split="dev", limit=60)
     few, many = (fit_question_gate(atlas, dev, CONFIG, rank=rank) for rank in (5, RANK))

@@ -17,11 +17,13 @@ ray: Any = pytest.importorskip("ray", reason="Ray is an extra of its own")
 
 
 def test_two_machines_of_a_cluster_share_the_work(
-    tiny: HookedModel, tiny_folder: Path, tmp_path: Path
+    tiny: HookedModel, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two raylets on loopback, each with room for one worker."""
     from ray.cluster_utils import Cluster
 
+    # a machine's own setting: else its workers give way to the tests beside this one
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     run(tiny, QUESTIONS, CONFIG, out=tmp_path / "alone", progress=False)
     cluster = Cluster(
         initialize_head=True,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from ray_runs import CONFIG, QUESTIONS, comparable
 
-from fusion_lens import ray_engine, workers
+from fusion_lens import ray_engine, ray_jobs, workers
 from fusion_lens.errors import ConfigError, ModelError
 from fusion_lens.experiment import run
 from fusion_lens.models import HookedModel
@@ -176,7 +176,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_twice(
 def test_a_question_that_kills_whoever_takes_it_is_a_failure_and_the_rest_goes_on(
     single: RayEngine, curses: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_engine, "_ALONE", 1)
+    monkeypatch.setattr(ray_jobs, "_ALONE", 1)
     (curses / "fatal").write_text("b", "utf-8")
     config = replace(CONFIG, block_size=1)
     results = run(single, QUESTIONS, config, out=tmp_path, progress=False)
@@ -218,12 +218,6 @@ def test_there_are_no_more_workers_than_there_is_room_for(
     with RayEngine(recipe, workers=5, threads=2) as engine:
         assert engine.workers == 4
     assert caplog.messages == ["there is room for 4 of 5 workers; the run has those"]
-
-
-def task_of(names: str) -> Task:
-    from fusion_lens.lenders import Lenders
-
-    return Task(tuple((name, arm) for name in names for arm in ("x", "y")), (), Lenders(0))
 
 
 def test_there_is_room_where_a_machine_has_all_that_a_worker_needs() -> None:
@@ -269,32 +263,3 @@ def test_who_stops_listening_leaves_no_task_behind(
     assert single._actors[0] is not busy
     run(single, QUESTIONS, CONFIG, out=tmp_path, existing="resume", progress=False)
     assert comparable(tmp_path)["lines"] == comparable(alone)["lines"]
-
-
-def test_what_kills_together_is_halved_until_one_is_left() -> None:
-    whole = ray_engine._Solving(0, 0, task_of("abc"))
-    (again,) = whole.after_death()
-    assert again.task.pairs == whole.task.pairs
-    halves = again.after_death()
-    assert ["".join(dict(own.task.pairs)) for own in halves] == ["a", "bc"]
-    # what is alone is held to have cost nobody yet, what is not is halved at once
-    _, b_and_c = halves
-    assert ["".join(dict(own.task.pairs)) for own in b_and_c.after_death()] == ["b", "c"]
-    alone = halves[0]
-    for _ in range(4):
-        (alone,) = alone.after_death()
-    assert alone.after_death() == []
-    assert [(own.question_id, own.arm) for own in alone.failed().failures] == [
-        ("a", "x"),
-        ("a", "y"),
-    ]
-    assert alone.failed().pairs == alone.task.pairs
-
-
-def test_a_block_that_is_prepared_in_parts_is_one_again() -> None:
-    block = tuple(QUESTIONS)
-    first, second = ray_engine._Preparing(3, 1, block).after_death()
-    assert (first.number, first.block, second.block) == (3, block[:2], block[2:])
-    joined = ray_engine._joined([second.failed(), replace(first, deaths=4).failed()])
-    assert [own.question_id for own in joined.failed] == ["c", "d", "a", "b"]
-    assert "but 2 died" in joined.failed[0].message

@@ -276,5 +276,6 @@ def test_a_figures_title_becomes_a_heading_and_a_line_below_it() -> None:
     assert layout["margin"]["t"] == 30
 
 
+@pytest.mark.slow
 def test_a_thousand_questions_under_nine_arms_stay_below_15_megabytes() -> None:
     assert len(html_report(large_run()).encode()) < 15e6

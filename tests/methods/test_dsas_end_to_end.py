@@ -139,6 +139,7 @@ def test_the_control_term_keeps_the_controls(tiny: HookedModel) -> None:
     assert held.transport[-1] < 0.9 * held.transport[0]
 
 
+@pytest.mark.slow
 def test_training_moves_the_behaviour_of_atlas_and_keeps_its_controls(atlas: HookedModel) -> None:
     parts = require_parts(load_contrasts(CONTRASTS / "sources.jsonl"), parts=("fit", "choose"))
     fitted_on = [example_texts(atlas, of_kind(parts["fit"], kind)) for kind in KINDS]
