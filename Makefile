@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 SECONDS_OF_FUZZING ?= 600
 
-.PHONY: run test test-slow chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost soak clean
+.PHONY: run test test-slow test-versions test-package chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -17,6 +17,15 @@ test: $(STAMP) lint types
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# TransformerLens 4, and the lowest versions that are declared, each in an environment of its own
+test-versions:
+	PYTHON=$(PYTHON) bash tests/versions/check.sh transformer-lens-4
+	PYTHON=$(PYTHON) bash tests/versions/check.sh lowest
+
+# the wheel in a clean environment
+test-package: $(STAMP)
+	$(BIN)/python -m pytest -m package tests/package
 
 chaos: $(STAMP)
 	bash tests/chaos/tools.sh || true
@@ -90,4 +99,4 @@ $(DOCS): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

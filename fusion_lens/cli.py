@@ -7,7 +7,8 @@ malformed command line; 3 the run ended but some questions failed (listed); 130 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
@@ -20,12 +21,28 @@ from fusion_lens.errors import FusionLensError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
 for command in (run, report, compare, tune, generate, features, questions, compare_methods):
     app.command()(command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"fusion-lens {version('fusion-lens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    pass
+
 
 # typer has a copy of click of its own or uses the installed one, depending on its version
 _ClickException: Any = next(

@@ -306,13 +306,24 @@ def is_hooked(model: HookedModel) -> bool:
 
     Both wrappers and transformers put hooks of their own on modules; those do not count.
     """
-    if any(point.fwd_hooks or point.bwd_hooks for point in _hook_points(model).values()):
+    if any(
+        not _of_wrapper(handle)
+        for point in _hook_points(model).values()
+        for handle in (*point.fwd_hooks, *point.bwd_hooks)
+    ):
         return True
     return any(
         not str(getattr(hook, "__module__", "")).startswith(("transformers.", "transformer_lens."))
         for module in model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
+
+
+def _of_wrapper(handle: Any) -> bool:
+    """Whether a bridge put it there when it was made: TransformerLens 4 hangs the names of an MLP
+    without a module of its own, OPT's, on those of its linear maps."""
+    made_by = str(getattr(handle.user_hook, "__module__", ""))
+    return handle.is_permanent and made_by.startswith("transformer_lens.")
 
 
 def stop_tokens(model: HookedModel) -> frozenset[int]:

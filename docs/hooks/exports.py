@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.pages import Page
@@ -16,10 +17,10 @@ MARK = "<!-- exports -->"
 
 def exports() -> dict[str, str]:
     """Every name the package exports, and the module that makes it."""
-    source = inspect.getsource(fusion_lens)
+    stub = Path(fusion_lens.__file__).with_suffix(".pyi").read_text("utf-8")
     return {
-        name: module
-        for module, name, alias in re.findall(r"^from (\S+) import (\w+) as (\w+)$", source, re.M)
+        name: f"fusion_lens{module}"
+        for module, name, alias in re.findall(r"^from (\S+) import (\w+) as (\w+)$", stub, re.M)
         if name == alias
     }
 

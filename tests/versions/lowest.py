@@ -1,0 +1,28 @@
+"""The lowest versions that pyproject.toml declares, as constraints for pip.
+
+torch is left at the one of constraints.txt: an older one has no build for a CPU alone that pip finds
+without another index, and brings several GB of CUDA.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def lowest() -> list[str]:
+    """One line for each dependency."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
+        "dependencies"
+    ]
+    lines = [re.sub(r">=([\w.]+).*", r"==\1", each) for each in declared]
+    pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    torch = [pin for pin in pins if pin.startswith("torch==")]
+    return torch + [line for line in lines if not line.startswith("torch==")]
+
+
+if __name__ == "__main__":
+    print("\n".join(lowest()))
