@@ -22,6 +22,8 @@ from fusion_lens.generation import Completion as Completion
 from fusion_lens.generation import GenerationConfig as GenerationConfig
 from fusion_lens.generation import Row as Row
 from fusion_lens.generation import generate as generate
+from fusion_lens.gguf_files import load_gguf as load_gguf
+from fusion_lens.gguf_files import save_gguf as save_gguf
 from fusion_lens.hooks import fwd_hooks as fwd_hooks
 from fusion_lens.hooks import steering as steering
 from fusion_lens.models import load_model as load_model
@@ -54,3 +56,8 @@ from fusion_lens.steps import Affine as Affine
 from fusion_lens.steps import Gate as Gate
 from fusion_lens.steps import Step as Step
 from fusion_lens.tuning import tune as tune
+from fusion_lens.vector_files import load_vectors as load_vectors
+from fusion_lens.vector_files import save_vectors as save_vectors
+from fusion_lens.vectors import Vectors as Vectors
+from fusion_lens.vectors import from_vectors as from_vectors
+from fusion_lens.vectors import to_vectors as to_vectors
