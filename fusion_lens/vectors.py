@@ -108,13 +108,14 @@ def to_vectors(plan: Plan, *, first_layer: int = 0, approximate: bool = False) -
     by_layer = {layer: row.float() for layer, row in enumerate(total) if bool(row.any())}
     for layer in sorted(by_layer):
         if layer < first_layer:
-            replaced.append((f"layer {layer} is steered", f"layer {layer} is left out"))
+            why = f"layer {layer} is steered, which has no vector"
+            replaced.append((why, f"layer {layer} is left out"))
             del by_layer[layer]
     if replaced and not approximate:
         raise PlanError(
-            f"a plan must add the same to every token, from layer {first_layer} on, to be exported "
-            f"so, but {'; '.join(why for why, _ in replaced)}; approximate it (--approximate), "
-            "which is told in the file, or remake it."
+            "a plan must add the same to every token to be exported, but "
+            f"{'; '.join(why for why, _ in replaced)}; approximate it (--approximate), which is "
+            "told in the file, or remake it."
         )
     if not by_layer:
         raise PlanError(
