@@ -10,7 +10,6 @@ the package (`gguf_headers` says why).
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from fusion_lens.durable import replace_file
 from fusion_lens.errors import InputFileError, MissingExtraError, PlanError
 from fusion_lens.gguf_headers import F32, LARGEST, MAGIC, GgufHeader, TensorPlace, read_header
 from fusion_lens.tensor_files import require_finite
-from fusion_lens.vector_files import TOLD
+from fusion_lens.vector_files import TOLD, told_in
 from fusion_lens.vectors import Vectors, layer_named
 
 FIRST_LAYER = 1
@@ -87,11 +86,7 @@ def load_gguf(path: str | Path) -> Vectors:
     except OSError as error:
         raise InputFileError(path, f"it must be readable, but: {error.strerror}") from error
     require_finite(path, {f"direction.{layer}": vector for layer, vector in by_layer.items()})
-    told = {
-        name.removeprefix(TOLD): text
-        for name, text in header.texts.items()
-        if name.startswith(TOLD)
-    }
+    told = told_in(header.texts)
     if _HINT in header.texts:
         told["architecture"] = header.texts[_HINT]
     return Vectors(by_layer, told)
@@ -129,9 +124,9 @@ def _directions(path: str | Path, header: GgufHeader, size: int) -> dict[int, Te
                 path, f"every direction must be one vector of one width, but got {place.shape}"
             )
         found[layer] = place
-    numbers = sum(math.prod(place.shape) for place in found.values())
+    total = sum(4 * place.shape[0] for place in found.values())
     ends = [place.start + 4 * place.shape[0] for place in found.values()]
-    if not numbers or max([4 * numbers, *ends]) > size:
+    if not total or max(total, *ends) > size:
         raise InputFileError(
             path, f"its {len(found)} directions must lie within its {size} bytes, but do not"
         )

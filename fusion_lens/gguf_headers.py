@@ -69,10 +69,10 @@ def read_header(path: str | Path, head: bytes) -> GgufHeader:
     for _ in range(n_values):
         name = _new(path, at.text(), keys)
         value = _value(at)
-        if isinstance(value, str):
+        if name == _ALIGNMENT:
+            alignment = value if isinstance(value, int) else 0
+        elif isinstance(value, str):
             texts[name] = value
-        elif name == _ALIGNMENT:
-            alignment = value or 0
     if alignment < 1 or alignment & (alignment - 1):
         raise InputFileError(path, f"{_ALIGNMENT} must be a power of two, but got {alignment}")
     told = []

@@ -35,7 +35,7 @@ def save_vectors(vectors: Vectors, path: str | Path) -> None:
         OutputError: if the place cannot be written.
     """
     tensors = {f"layer.{layer}": v.clone() for layer, v in vectors.by_layer.items()}
-    told = {"format": _VERSION, "tensors_sha256": tensors_digest(tensors), **vectors.told}
+    told = {**vectors.told, "format": _VERSION, "tensors_sha256": tensors_digest(tensors)}
     metadata = {TOLD + name: text for name, text in told.items()}
     replace_file(Path(path), tensor_bytes(tensors, metadata))
 
@@ -64,13 +64,16 @@ def load_vectors(path: str | Path) -> Vectors:
 
     header, tensors = read_tensors(path, expect, device="cpu")
     require_finite(path, tensors)
-    told = {
-        name.removeprefix(TOLD): text
-        for name, text in header.metadata.items()
-        if name.startswith(TOLD)
-    }
+    told = told_in(header.metadata)
     told.pop("format", None)
     if told.pop("tensors_sha256", None) not in (None, tensors_digest(tensors)):
         raise InputFileError(path, "its tensors do not match their checksum; the file is damaged")
     by_layer = {int(name.removeprefix("layer.")): vector for name, vector in tensors.items()}
     return Vectors(by_layer, told)
+
+
+def told_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of a file's metadata is our own, by its names in `Vectors.told`."""
+    return {
+        name.removeprefix(TOLD): text for name, text in metadata.items() if name.startswith(TOLD)
+    }

@@ -108,6 +108,10 @@ REFUSED = {
         head([value("general.alignment", 4, struct.pack("<I", 3))], []),
         "general.alignment must be a power of two, but got 3",
     ),
+    "an alignment in letters": (
+        head([value("general.alignment", 8, text("32"))], []),
+        "general.alignment must be a power of two, but got 0",
+    ),
     "an alignment of another type": (
         head([value("general.alignment", 10, struct.pack("<Q", 32))], []),
         "general.alignment must be a power of two, but got 0",

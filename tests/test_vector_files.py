@@ -45,6 +45,12 @@ def test_loaded_vectors_are_the_saved_ones_bit_for_bit(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["v.safetensors"]
 
 
+def test_what_another_file_told_does_not_pass_for_the_own_checksum(tmp_path: Path) -> None:
+    told = {"format": "9", "tensors_sha256": "0" * 64, "model": "m"}
+    save_vectors(Vectors(VECTORS.by_layer, told), tmp_path / "v.safetensors")
+    assert load_vectors(tmp_path / "v.safetensors").told == {"model": "m"}
+
+
 def test_equal_vectors_are_equal_files(tmp_path: Path) -> None:
     turned = Vectors(dict(reversed(VECTORS.by_layer.items())), VECTORS.told)
     written = set()

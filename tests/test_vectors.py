@@ -64,8 +64,9 @@ def test_a_layer_to_which_nothing_is_added_has_no_vector() -> None:
 
 
 def test_a_step_with_coefficients_of_0_stands_in_nobodys_way(tiny: HookedModel) -> None:
+    own = step_of(tiny, steer_special=True)
     for plan in every_plan(tiny).values():
-        beside = Plan((step_of(tiny, steer_special=True), *(plan * 0.0).steps))
+        beside = Plan((own, *(plan * 0.0).steps))
         assert to_vectors(beside).told["approximated"] == "nothing"
 
 

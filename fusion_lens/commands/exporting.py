@@ -91,8 +91,8 @@ def import_vectors(
     if told.get("weights_sha256", model.weights) != model.weights:
         made_on = told.get("model", "another model")
         print(
-            f"note: the vectors were made on {made_on!r}, whose weights are not those of "
-            f"{model.name!r}",
+            f"note: the vectors were made on {made_on!r}, whose weights have another digest than "
+            f"those of {model.name!r}",
             file=sys.stderr,
         )
     if told.get("approximated", "nothing") != "nothing":
