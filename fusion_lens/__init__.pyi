@@ -15,6 +15,8 @@ from .generation import Completion as Completion
 from .generation import GenerationConfig as GenerationConfig
 from .generation import Row as Row
 from .generation import generate as generate
+from .gguf_files import load_gguf as load_gguf
+from .gguf_files import save_gguf as save_gguf
 from .hooks import fwd_hooks as fwd_hooks
 from .hooks import steering as steering
 from .models import load_model as load_model
@@ -47,5 +49,10 @@ from .steps import Affine as Affine
 from .steps import Gate as Gate
 from .steps import Step as Step
 from .tuning import tune as tune
+from .vector_files import load_vectors as load_vectors
+from .vector_files import save_vectors as save_vectors
+from .vectors import Vectors as Vectors
+from .vectors import from_vectors as from_vectors
+from .vectors import to_vectors as to_vectors
 
 __version__: str

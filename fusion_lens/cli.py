@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fusion_lens.commands.comparing import compare_methods
+from fusion_lens.commands.exporting import export, import_vectors
 from fusion_lens.commands.features import features
 from fusion_lens.commands.questions import questions
 from fusion_lens.commands.running import compare, report, run
@@ -24,8 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
-for command in (run, report, compare, tune, generate, features, questions, compare_methods):
+for command in (run, report, compare, tune, generate, features, questions, compare_methods, export):
     app.command()(command)
+app.command("import")(import_vectors)
 
 
 def _say_version(asked: bool) -> None:

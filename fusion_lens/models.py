@@ -176,6 +176,23 @@ def load_text_model(
     return model.to(device or _default_device()).eval(), tokenizer
 
 
+def architecture_of(name_or_path: str | Path | None = None) -> str:
+    """What transformers calls the architecture of a checkpoint, as "llama" or "gemma2", from its
+    config alone; None is Atlas.
+
+    Raises:
+        ModelError: if it cannot be found or read.
+    """
+    given = str(CHECKPOINT if name_or_path is None else name_or_path)
+    source = find_checkpoint(given)
+
+    from transformers import AutoConfig
+
+    with opening(given, local=Path(source).is_dir()):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return str(config.model_type)
+
+
 def resid_post(layer: int) -> str:
     """The hook name of the residual stream after block `layer`."""
     return f"blocks.{layer}.hook_resid_post"

@@ -37,6 +37,37 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     Raises:
         OutputError: if the place cannot be written.
     """
+    replace_file(Path(path), _plan_bytes(plan))
+
+
+def plan_digest(plan: Plan) -> str:
+    """The SHA-256 of the file that `save_plan` writes."""
+    return hashlib.sha256(_plan_bytes(plan)).hexdigest()
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan and check everything about it that can be checked without its model.
+
+    Raises:
+        PlanError: if the file cannot be read, is no plan, or has been altered.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = header_of(path, file)
+            tensors = {name: file.get_tensor(name) for name in header.shapes}
+    except (OSError, SafetensorError, InputFileError) as error:
+        raise PlanError(f"{path} must be a readable plan file, but: {error}.") from error
+    try:
+        return _plan_from(header.metadata, tensors)
+    except FusionLensError as error:
+        raise PlanError(f"{path} must hold a valid plan, but: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(
+            f"{path} must hold a plan as save_plan writes it, but: {type(error).__name__} {error}."
+        ) from error
+
+
+def _plan_bytes(plan: Plan) -> bytes:
     tensors: dict[str, Tensor] = {}
     steps = []
     for n, step in enumerate(plan.steps):
@@ -66,29 +97,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
         sort_keys=True,
     )
     metadata = {"plan": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-    replace_file(Path(path), tensor_bytes(tensors, metadata))
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Read a plan and check everything about it that can be checked without its model.
-
-    Raises:
-        PlanError: if the file cannot be read, is no plan, or has been altered.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = header_of(path, file)
-            tensors = {name: file.get_tensor(name) for name in header.shapes}
-    except (OSError, SafetensorError, InputFileError) as error:
-        raise PlanError(f"{path} must be a readable plan file, but: {error}.") from error
-    try:
-        return _plan_from(header.metadata, tensors)
-    except FusionLensError as error:
-        raise PlanError(f"{path} must hold a valid plan, but: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError(
-            f"{path} must hold a plan as save_plan writes it, but: {type(error).__name__} {error}."
-        ) from error
+    return tensor_bytes(tensors, metadata)
 
 
 def _plan_from(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Plan:

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from conftest import strong_plan
 
 from fusion_lens import arms, cli
@@ -16,9 +18,13 @@ from fusion_lens.arms import DEFAULT_ARMS
 from fusion_lens.atlas import CONTRASTS
 from fusion_lens.cli_inputs import typed_command
 from fusion_lens.contrasts import KINDS, PARTS, load_contrasts, of_kind, save_contrasts
-from fusion_lens.models import load_model
-from fusion_lens.plan_files import save_plan
+from fusion_lens.gguf_files import load_gguf
+from fusion_lens.models import identify, load_model
+from fusion_lens.plan_files import load_plan, save_plan
+from fusion_lens.plans import Plan
 from fusion_lens.results import load_results
+from fusion_lens.vector_files import save_vectors
+from fusion_lens.vectors import Vectors
 
 LINES = [
     {"id": "a", "question": "What did Lily see in the park?", "answer": "a big red ball"},
@@ -192,6 +198,111 @@ def test_a_plan_of_another_model_is_refused(
     assert code == 1
     assert "it was made on tiny" in err
     assert command("generate", "Who?", "--plan", path, "--model", tiny_folder)[0] == 0
+
+
+@pytest.mark.parametrize("format", ["gguf", "safetensors"])
+def test_a_plan_goes_out_and_comes_back_and_steers_the_same(
+    command, tiny, tiny_folder, tmp_path, format: str
+) -> None:
+    plan, file, back = tmp_path / "plan", tmp_path / f"v.{format}", tmp_path / "back"
+    made = strong_plan(tiny, steer_special=True)
+    save_plan(Plan((replace(made.steps[0], coeffs=(0.0, 4.0, -3.0)),)), plan)
+    code, out, err = command(
+        *("export", plan, "--format", format, "--out", file, "--model", tiny_folder)
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("approximated: nothing\nvectors of 2 layers, 2 to 3 (norms ")
+    assert out.endswith(f") saved to {file}\n")
+    code, out, err = command("import", file, "--model", tiny_folder, "--out", back)
+    assert (code, err) == (0, "")
+    assert out.endswith(f") saved to {back}, as a plan for {identify(tiny).name}\n")
+    (sent,), (came,) = load_plan(plan).steps, load_plan(back).steps
+    assert torch.equal(came.shift, sent.shift)
+    assert came.shift[2:].any()
+    asked = ("generate", "Who?", "--model", tiny_folder, "--max-new-tokens", 8, "--plan")
+    steered, again = (command(*asked, path)[1] for path in (plan, back))
+    assert steered == again != command(*asked, plan, "--scale", 0)[1]
+
+
+def test_what_a_vector_cannot_say_is_refused_or_approximated_and_said(
+    command, tiny, tiny_folder, tmp_path
+) -> None:
+    plan, file = tmp_path / "plan", tmp_path / "v.gguf"
+    save_plan(strong_plan(tiny), plan)
+    export = ("export", plan, "--format", "gguf", "--out", file, "--model", tiny_folder)
+    code, out, err = command(*export)
+    assert (code, out, file.exists()) == (1, "", False)
+    assert (
+        "but step 1 spares special tokens; layer 0 is steered, which has no vector; approximate"
+        in err
+    )
+    assert err.count("\n") == 1
+    code, out, _ = command(*export, "--approximate")
+    assert code == 0
+    said = "step 1 steers special tokens too; layer 0 is left out"
+    assert out.startswith(f"approximated: {said}\nvectors of 3 layers, 1 to 3 (norms ")
+    code, _, err = command("import", file, "--model", tiny_folder, "--out", tmp_path / "back")
+    assert code == 0
+    assert err == f"note: the file says what was approximated: '{said}'\n"
+    (step,) = load_plan(tmp_path / "back").steps
+    assert (step.positions, step.steer_special) == ("all", True)
+
+
+def test_vectors_of_other_weights_are_imported_with_a_note(
+    command, tiny, other_folder, stories_folder, tmp_path
+) -> None:
+    vectors = Vectors(
+        {1: torch.ones(32)}, {"model": "tiny", "weights_sha256": identify(tiny).weights}
+    )
+    save_vectors(vectors, tmp_path / "v")
+    code, _, err = command(
+        "import", tmp_path / "v", "--model", other_folder, "--out", tmp_path / "back"
+    )
+    assert code == 0
+    assert err.startswith(
+        "note: the vectors were made on 'tiny', whose weights have another digest"
+    )
+    code, out, err = command(
+        "import", tmp_path / "v", "--model", stories_folder, "--out", tmp_path / "none"
+    )
+    assert (code, out, (tmp_path / "none").exists()) == (1, "", False)
+    assert "vectors must be as wide as the model, 64, but got 32" in err
+
+
+def test_an_export_or_import_that_cannot_be_made_is_one_line(command, tiny, tmp_path) -> None:
+    plan, zero, vectors = tmp_path / "plan", tmp_path / "zero", tmp_path / "vectors"
+    save_plan(strong_plan(tiny, steer_special=True), plan)
+    save_plan(strong_plan(tiny, 0.0), zero)
+    save_vectors(Vectors({1: torch.ones(3)}, {}), vectors)
+    out = ("--out", tmp_path / "out")
+    approximated = ("--format", "gguf", "--approximate", *out)
+    for arguments, says in (
+        (("export", plan, "--format", "pt", *out), "format must be one of gguf, safetensors, but"),
+        (("export", zero, "--format", "safetensors", *out), "this one adds nothing"),
+        (("export", vectors, "--format", "gguf", *out), "must hold a valid plan"),
+        (("export", plan, *approximated), "give --model, the checkpoint of "),
+        (("export", plan, *approximated, "--model", "./none"), "must be an existing checkpoint"),
+        (("import", tmp_path / "none", *out), "none: it must be readable, but: No such file"),
+        (("import", plan, *out), "tensors must be named as layer.3, but got 'steps.0."),
+        (("import", vectors, *out), "vectors must be as wide as the model, 192, but got 3"),
+        (("import", vectors, "--out", plan / "x"), "must be writable, but got: File exists"),
+    ):
+        code, printed, err = command(*arguments)
+        assert (code, printed) == (1, ""), arguments
+        assert says in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert command("export", plan)[0] == 2
+
+
+def test_an_exported_plan_of_atlas_names_its_architecture(command, atlas, tmp_path) -> None:
+    plan, file = tmp_path / "plan", tmp_path / "v.gguf"
+    save_plan(strong_plan(atlas), plan)
+    code, _, err = command("export", plan, "--format", "gguf", "--approximate", "--out", file)
+    assert code == 0, err
+    read = load_gguf(file)
+    assert (read.told["architecture"], read.told["model"]) == ("llama", "atlas")
+    assert sorted(read.by_layer) == [1, 2, 3, 4, 5]
 
 
 def test_texts_beyond_the_context_end_tune_and_generate(

@@ -18,7 +18,7 @@ LAYERS = (
     {"json_lines"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
-        *{"pictures", "tables", "record_files", "segments"},
+        *{"pictures", "tables", "record_files", "segments", "gguf_headers"},
     },
     {"scores", "question_layouts"},
     {"claims"},
@@ -33,7 +33,9 @@ LAYERS = (
     {"plans", "controls", "perplexity"},
     {"moves"},
     {"plan_files", "hooks", "decoding"},
-    {"slots", "batches", "search", "divergence"},
+    {"slots", "batches", "search", "divergence", "vectors"},
+    {"vector_files"},
+    {"gguf_files"},
     {"generation", "graders", "likelihood", "details"},
     {"preparation", "statistics"},
     {"report", "fronts", "summary_layout"},
@@ -70,7 +72,7 @@ LAYERS = (
     {"cli_options", "cli_inputs"},
     {
         *{"commands", "commands.running", "commands.tuning", "commands.features"},
-        *{"commands.questions", "commands.comparing"},
+        *{"commands.questions", "commands.comparing", "commands.exporting"},
     },
     {"cli"},
 )
@@ -121,8 +123,9 @@ DOORS = {
     "ipywidgets": {"panel"},
     "typer": {
         *{"cli", "cli_options", "commands.running", "commands.tuning", "commands.features"},
-        *{"commands.questions", "commands.comparing"},
+        *{"commands.questions", "commands.comparing", "commands.exporting"},
     },
+    "gguf": {"gguf_files"},
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
     "huggingface_hub": {"hub"},

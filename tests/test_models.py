@@ -19,6 +19,7 @@ from fusion_lens.errors import ConfigError, HookNameError, MissingExtraError, Mo
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.models import (
     KeyValues,
+    architecture_of,
     check_hook_names,
     evaluating,
     forward,
@@ -101,6 +102,18 @@ def test_processed_weights_are_another_basis(tiny, tiny_folder) -> None:
     )
     width = dataclasses.replace(identify(tiny), d_model=64)
     assert identify(tiny).mismatch(width) == "d_model must be 32, but the model has 64"
+
+
+def test_the_architecture_of_a_checkpoint_is_in_its_config(
+    gpt2_folder, gemma_folder, tmp_path
+) -> None:
+    named = [architecture_of(folder) for folder in (None, gpt2_folder, gemma_folder)]
+    assert named == ["llama", "gpt2", "gemma2"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="must be a usable checkpoint folder or hub name, but: "):
+        architecture_of(tmp_path)
+    with pytest.raises(ModelError, match="must be an existing checkpoint folder, but there is non"):
+        architecture_of("./none")
 
 
 def test_something_without_hook_points_is_no_model(monkeypatch) -> None:

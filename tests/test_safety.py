@@ -25,6 +25,7 @@ from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import load_plan
 from fusion_lens.sae_files import load_sae_folder
 from fusion_lens.saes import load_sae
+from fusion_lens.vector_files import load_vectors
 
 # what makes code of data, by the name it is called or imported by
 LOADERS = {
@@ -122,6 +123,7 @@ def pickled(path: Path, made: Path, kind: str) -> Path:
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "plan": ("plan.safetensors", load_plan),
     "plan under its own name": ("plan.pt", load_plan),
+    "vectors": ("vectors.safetensors", load_vectors),
     "crosscoder": ("model.safetensors", load_crosscoder),
     "crosscoder under its own name": ("pytorch_model.bin", load_crosscoder),
     "SAE": ("sae/sae_weights.safetensors", lambda path: load_sae_folder(path.parent)),

@@ -341,6 +341,30 @@ def _crosscoder(content: bytes, rng: Random, seeds: Sequence[bytes]) -> bytes:
     return packed(header, data, Random(0))
 
 
+def _gguf(content: bytes, rng: Random, seeds: Sequence[bytes]) -> bytes:
+    """A count, length, type or offset that lies, a name of another layer, or another number."""
+    match rng.randrange(5):
+        case 0:
+            at = content.index(b"direction.") + len(b"direction.")
+            return (
+                content[:at]
+                + rng.choice((b"0", b"2", b"3", b"9", b"x", b"\xff"))
+                + content[at + 1 :]
+            )
+        case 1:
+            at = len(content) - 4 * rng.randint(1, 16)
+            return content[:at] + struct.pack("<f", rng.choice(_NUMBERS)) + content[at + 4 :]
+        case 2:
+            at, number = rng.choice((8, 16)), rng.choice(_SIZES) % 2**64
+            return content[:at] + struct.pack("<Q", number) + content[at + 8 :]
+    # lengths, types, sizes and offsets stand beside texts
+    code, width = rng.choice((("<I", 4), ("<Q", 8)))
+    ends = [at for at in range(24, len(content) - 8) if content[at : at + 3] == bytes(3)]
+    at = max(0, rng.choice(ends) - rng.choice((1, 1, 2, 4)))
+    number = rng.choice((*_SIZES, *range(14))) % 256**width
+    return content[:at] + struct.pack(code, number) + content[at + width :]
+
+
 _KINDS: dict[str, Change] = {
     "json": _json,
     "lines": _lines,
@@ -348,5 +372,6 @@ _KINDS: dict[str, Change] = {
     "table": _table,
     "tensors": _tensors,
     "plan": _plan,
+    "gguf": _gguf,
     "crosscoder": _crosscoder,
 }

@@ -41,6 +41,7 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.details import DETAILS, load_details
 from fusion_lens.dictionaries import Card, Dictionary
 from fusion_lens.divergence import read_text
+from fusion_lens.gguf_files import load_gguf, save_gguf
 from fusion_lens.json_lines import replace_lines
 from fusion_lens.judge_cache import ReplyCache
 from fusion_lens.models import ModelIdentity
@@ -56,6 +57,8 @@ from fusion_lens.run_folder import FAILURES, RUN, Made, RunFolder
 from fusion_lens.sae_files import CONFIG, WEIGHTS, load_sae_folder, seal_sae
 from fusion_lens.saes import load_sae
 from fusion_lens.shelves import LABELS, read_labels
+from fusion_lens.vector_files import load_vectors, save_vectors
+from fusion_lens.vectors import Vectors, from_vectors
 
 Files = Mapping[str, bytes]
 
@@ -254,6 +257,28 @@ def _plan(folder: Path) -> None:
     assert load_plan(path).coeffs == read.coeffs
 
 
+VECTORS = Vectors({1: grid(4), 2: grid(4) + 1}, {"model": "m", "approximated": "nothing"})
+
+
+def _vectors(folder: Path) -> None:
+    read = load_vectors(folder / "v.safetensors")
+    _used(read, folder)
+    save_vectors(read, folder / "again")
+    assert load_vectors(folder / "again").by_layer.keys() == read.by_layer.keys()
+
+
+def _gguf(folder: Path) -> None:
+    read = load_gguf(folder / "v.gguf")
+    _used(read, folder)
+    save_gguf(read, folder / "again", architecture="llama")
+    assert load_gguf(folder / "again").by_layer.keys() == read.by_layer.keys()
+
+
+def _used(vectors: Vectors, folder: Path) -> None:
+    json.dumps([str(vectors), *vectors.told.items()], ensure_ascii=False).encode()
+    save_plan(from_vectors(vectors, MODEL), folder / "plan")
+
+
 def _sae(architecture: str, *, sealed: bool = False) -> Callable[[Path], list[Files]]:
     config: dict[str, Any] = {
         "architecture": architecture,
@@ -427,6 +452,20 @@ READERS = (
         "plan",
         _plan,
         _tried("plan.safetensors", lambda path: save_plan(plan(), path)),
+    ),
+    Reader(
+        "vectors",
+        "v.safetensors",
+        "tensors",
+        _vectors,
+        _tried("v.safetensors", lambda path: save_vectors(VECTORS, path)),
+    ),
+    Reader(
+        "gguf",
+        "v.gguf",
+        "gguf",
+        _gguf,
+        _tried("v.gguf", lambda path: save_gguf(VECTORS, path, architecture="llama")),
     ),
     Reader("topk_config", CONFIG, "json", lambda at: _use(load_sae_folder(at)), _sae("topk")),
     Reader(
