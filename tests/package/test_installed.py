@@ -1,4 +1,4 @@
-"""The wheel in a clean environment, with no extra and with all: what a user of `pip install` has."""
+"""The wheel in a clean environment, with no extra and with all of them."""
 
 from __future__ import annotations
 
@@ -142,9 +142,12 @@ def test_what_needs_an_extra_names_it(home: Path, asked: tuple[str, ...], says: 
 
 def test_all_extras_install_beside_it(home: Path, wheel: Path) -> None:
     python, pins = home / "venv/bin/python", ("-c", ROOT / "constraints.txt")
-    found = "import importlib.util, sys; print(*(importlib.util.find_spec(n) is not None for n in sys.argv[1:]))"
+    found = (
+        "import sys; from importlib.util import find_spec; "
+        "print(*(find_spec(name) is not None for name in sys.argv[1:]))"
+    )
     before = done(python, "-c", found, *EXTRAS.values(), cwd=home).split()
-    # transformer-lens brings pandas, and accelerate
+    # which TransformerLens brings
     assert {name for name, there in zip(EXTRAS, before, strict=True) if there == "True"} <= {
         "pandas"
     }
