@@ -18,7 +18,7 @@ LAYERS = (
     {"json_lines"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
-        *{"pictures", "tables", "record_files", "segments"},
+        *{"pictures", "tables", "record_files", "segments", "quantisation"},
     },
     {"scores", "question_layouts"},
     {"claims"},
