@@ -1,5 +1,5 @@
-"""How far narrower weights are from float32: what is captured, what comes next, what is written, and
-what a plan tuned in float32 does under them.
+"""How far narrower weights are from float32: what is captured, what comes next, what is written,
+and what a plan tuned in float32 does under them.
 
 Run: `make bench-drift` (`python benchmarks/drift.py [N]`); it writes `drift.json` and prints
 Markdown. On Atlas' dev questions; with FUSION_LENS_TEST_DATA on stories260k too, whose weights are
@@ -39,6 +39,7 @@ from fusion_lens.statistics import Interval, cluster_bootstrap
 from fusion_lens.tuning import Job, make_segments, tune_jobs
 
 FOLDER = Path(__file__).parent
+NEW_TOKENS = 32
 WIDTHS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
@@ -83,7 +84,9 @@ def tuned_cases(model: HookedModel, n: int, trials: int) -> tuple[list[Case], Tu
 def plain_cases(model: HookedModel, n: int) -> list[Case]:
     """The same questions as texts for a model that answers none."""
     questions = select_questions(load_questions(QUESTIONS), split="dev", limit=n)
-    return [_case(item) for item in prepare(model, questions, TuningConfig(explanation_tokens=0))[0]]
+    return [
+        _case(item) for item in prepare(model, questions, TuningConfig(explanation_tokens=0))[0]
+    ]
 
 
 def _case(item: Prepared, plan: Plan | None = None) -> Case:
@@ -204,7 +207,7 @@ def measure(source: str | Path | None, n: int, trials: int) -> dict[str, Any]:
         cases, config = tuned_cases(model, n, trials)
         generation = config.generation
     else:
-        cases, generation = plain_cases(model, n), GenerationConfig(max_new_tokens=32)
+        cases, generation = plain_cases(model, n), GenerationConfig(max_new_tokens=NEW_TOKENS)
     exact = look(model, cases, generation)
     widths = {"float32": compared(exact, exact, cases)}
     widths["float32"]["neighbours"] = neighbours(model, cases, generation)

@@ -1,11 +1,11 @@
 """A checkpoint -> Hugging Face's module whose matrices are in 8 or 4 bits, by bitsandbytes.
 
-8 bits is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339): rows of a matrix are int8 times a scale,
-rows of what it is multiplied with are too, but for the columns in which some row of the pass exceeds
-6, which stay in float16. 4 bits is NF4 (Dettmers et al. 2023, arXiv 2305.14314): blocks of 64
-weights are 16 levels times a scale, and the product is one of the `dtype`. Embedding, unembedding,
-norms and biases stay as they are, and so does a matrix that TransformerLens takes apart: queries,
-keys and values, or gate and input of an MLP, in one.
+8 bits is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339): the rows of a matrix are int8 times a
+scale, and so are those of what it is multiplied with, but for the columns in which some row of the
+pass reaches 6, which stay in float16. 4 bits is NF4 (Dettmers et al. 2023, arXiv 2305.14314):
+blocks of 64 weights are one of 16 levels times a scale, and products are of the `dtype`. Embedding,
+unembedding, norms and biases stay as they are, and so does a matrix that TransformerLens takes
+apart: queries, keys and values, or gate and input of an MLP, in one.
 
 Knows nothing of hook points.
 """

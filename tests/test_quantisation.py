@@ -65,7 +65,9 @@ def alone_and_together(model: HookedModel) -> list[tuple[Any, Any]]:
     rows = [Row(tokenize(model, text)) for text in TEXTS]
     shape = {"slots": 4, "cache_length": 64}
     together = written(model, rows, **shape)
-    return [(written(model, [row], **shape)[0], own) for row, own in zip(rows, together, strict=True)]
+    return [
+        (written(model, [row], **shape)[0], own) for row, own in zip(rows, together, strict=True)
+    ]
 
 
 def test_in_4_bit_a_row_of_a_batch_is_the_row_alone_to_the_last_bit() -> None:
