@@ -117,7 +117,7 @@ def load_model(
     Raises:
         ModelError: if it cannot be found or opened, `dtype` is no floating torch dtype, both
             `device` and `device_map` or both `load_in_8bit` and `load_in_4bit` are given, or it
-            reads images and torchvision is not installed.
+            reads more than text and torchvision is not installed.
         MissingExtraError: if it is to be quantised and bitsandbytes is not installed.
     """
     if load_in_8bit and load_in_4bit:
@@ -422,7 +422,7 @@ def _quiet_import() -> Iterator[None]:
 
 
 def _check_processor(source: str, revision: str | None) -> None:
-    """Refuse a model that reads images where TransformerLens would have pip install what its
+    """Refuse a model that reads images too where TransformerLens would have pip install what its
     processor needs: that replaces packages of the environment, torch among them, without a word.
 
     Raises:
@@ -437,9 +437,9 @@ def _check_processor(source: str, revision: str | None) -> None:
         importlib.import_module("torchvision")
     except Exception as error:  # a build for another torch raises what it likes
         raise ModelError(
-            f"torchvision must be installed for a {config.model_type} model that reads images, but "
-            f"importing it gave {type(error).__name__}; install the build that fits torch "
-            f"{torch.__version__}, or open a checkpoint of the text model alone."
+            f"torchvision must be installed for a {config.model_type} model: it reads more than "
+            f"text, but importing torchvision gave {type(error).__name__}; install the build that "
+            f"fits torch {torch.__version__}, or open a checkpoint of the text model alone."
         ) from error
 
 

@@ -273,18 +273,19 @@ def test_the_drift_of_narrower_weights_is_that_from_full_precision(
 
     prompt = question_prompt(tiny, "Who wrote it?")
     reference = reference_prompt(tiny, "Who wrote it?", "Ada Lovelace")
-    case = drift.Case("q", prompt, reference, "Ada Lovelace", strong_plan(tiny))
+    plan = strong_plan(tiny)
+    cases = [drift.Case(name, prompt, reference, "Ada Lovelace", plan) for name in ("a", "b")]
     config = GenerationConfig(max_new_tokens=4, cache_length=64)
-    exact = drift.look(tiny, [case], config)
+    exact = drift.look(tiny, cases, config)
     assert exact.steered[0].tokens != exact.completions[0].tokens
-    told = drift.compared(
-        exact, drift.look(load_model(tiny_folder, load_in_8bit=True), [case], config), [case]
-    )
+    narrow = load_model(tiny_folder, load_in_8bit=True)
+    told = drift.compared(exact, drift.look(narrow, cases, config), cases)
     assert told["right_steered"]["mean"] == 0.0
     assert told["same_steered"]["mean"] in (0.0, 1.0)
-    told["neighbours"] = 0.0
-    found["tiny"] = {"questions": 1, "tokens": 1, "widths": {"8-bit": told}}
-    assert "| 8-bit | " in drift.markdown({"tiny": found["tiny"]})
+    told["neighbours"] = drift.neighbours(narrow, cases, config)
+    assert told["neighbours"] == 0.0  # the same text twice
+    found = {"tiny": {"questions": 2, "tokens": 2, "widths": {"8-bit": told}}}
+    assert "tiny, 2 questions" in drift.markdown(found)
 
 
 def test_the_tables_of_drift_are_those_of_its_file(script) -> None:

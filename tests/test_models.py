@@ -167,7 +167,7 @@ def test_nothing_is_installed_for_a_model_that_reads_images(tmp_path, monkeypatc
     monkeypatch.setattr(subprocess, "check_call", lambda command, **_: ran.append(command))
     monkeypatch.setitem(sys.modules, "torchvision", None)
     folder = save_family("gemma3_images", tmp_path)
-    with pytest.raises(ModelError, match="torchvision must be installed for a gemma3 model that"):
+    with pytest.raises(ModelError, match="torchvision must be installed for a gemma3 model: it"):
         load_model(folder)
     assert ran == []
 
