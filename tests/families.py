@@ -152,7 +152,7 @@ def captures(name: str) -> None:
 
 
 def plans(name: str) -> None:
-    """A plan is saved, loaded bit for bit, taken by its model and by no other."""
+    """A plan is saved, loaded bit for bit, and taken by its model."""
     model = opened(name)
     plan = strong_plan(model)
     with TemporaryDirectory() as folder:
