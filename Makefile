@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 SECONDS_OF_FUZZING ?= 600
 
-.PHONY: run test test-slow test-versions test-package chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost soak clean
+.PHONY: run test test-slow test-versions test-package chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost bench-drift families soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -80,6 +80,13 @@ bench-ray: $(STAMP)
 
 bench-cost: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py
+
+bench-drift: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/drift.py
+
+# every family at every stage, into docs/families.md
+families: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

@@ -42,7 +42,7 @@ def recipe_of(
         str | None,
         typer.Option(
             help="float32, bfloat16, float16 or float64.",
-            show_default="float32; in 8-bit float16",
+            show_default="float32; in 8-bit float16, in 4-bit bfloat16",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; chosen if not given.")] = None,
@@ -57,11 +57,15 @@ def recipe_of(
         bool,
         typer.Option("--load-in-8bit", help="Matrices as bitsandbytes' LLM.int8, on hook points."),
     ] = False,
+    load_in_4bit: Annotated[
+        bool,
+        typer.Option("--load-in-4bit", help="Matrices as bitsandbytes' NF4, on hook points."),
+    ] = False,
 ) -> Any:
     """The options of every command that opens a model, as a recipe of it."""
     from fusion_lens.recipes import Recipe
 
-    return Recipe(model, dtype, device, load_in_8bit, device_map)
+    return Recipe(model, dtype, device, load_in_8bit, load_in_4bit, device_map)
 
 
 def settings_of(

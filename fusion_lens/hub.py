@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusion_lens.errors import ModelError, QuestionError
+from fusion_lens.errors import FusionLensError, ModelError, QuestionError
 
 
 def find_checkpoint(source: str, revision: str | None = None) -> str:
@@ -79,6 +79,8 @@ def opening(name: str, *, local: bool) -> Iterator[None]:
         logging.disable_progress_bar()
     try:
         yield
+    except FusionLensError:
+        raise
     except Exception as error:  # transformers and safetensors raise what they like on a bad folder
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

@@ -169,7 +169,7 @@ def share(model: HookedModel) -> Lean:
         raise UnfitModelError(f"the bridge does not hold its tensor {missing[0]}")
     config._attn_implementation = _register_attention()
     module.train(False)
-    lean = Lean(module, _masks(config), _parts(model), shared)
+    lean = Lean(module, _masks(config.get_text_config()), _parts(model), shared)
     blocks = module.get_submodule(model.adapter.component_mapping["blocks"].name)  # type: ignore[attr-defined]
     if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != model.cfg.n_layers:
         raise UnfitModelError("its blocks are not one list of modules")

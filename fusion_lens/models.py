@@ -8,13 +8,13 @@ Hugging Face.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -24,8 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fusion_lens.atlas import CHECKPOINT
-from fusion_lens.errors import HookNameError, MissingExtraError, ModelError, one_of
+from fusion_lens.errors import HookNameError, ModelError, one_of
 from fusion_lens.hub import find_checkpoint, opening
+from fusion_lens.quantisation import DTYPES, load_quantised
 
 SITES = ("resid_post", "attn_z", "mlp_out")
 
@@ -99,23 +100,33 @@ def load_model(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
     device_map: str | Mapping[str, str | int] | None = None,
 ) -> HookedModel:
     """Open a model as a `TransformerBridge` with unprocessed weights.
 
     None is Atlas, the model that ships with the package; else a local checkpoint folder or a hub
-    name. With `load_in_8bit` the matrices inside the blocks are bitsandbytes' LLM.int8 (also on a
-    CPU), and `dtype` is that of everything else. Without a `dtype`: float32, or float16 in 8-bit,
-    which is what LLM.int8 multiplies in. `device_map` spreads the blocks over several devices, in
-    the place of `device`: "auto", "balanced", or modules and where they go, as `from_pretrained`
-    takes it. Such a model is run by its hook points.
+    name. With `load_in_8bit` the matrices inside the blocks are bitsandbytes' LLM.int8, with
+    `load_in_4bit` its NF4 (both also on a CPU, see `quantisation`), and `dtype` is that of
+    everything else, in 4-bit that of the products too. Without a `dtype`: float32, or float16 in
+    8-bit, which is what LLM.int8 multiplies in, or bfloat16 in 4-bit. `device_map` spreads the
+    blocks over several devices, in the place of `device`: "auto", "balanced", or modules and where
+    they go, as `from_pretrained` takes it. Quantised models and those of a map are run by their
+    hook points.
 
     Raises:
-        ModelError: if it cannot be found or opened, `dtype` is no floating torch dtype, or both
-            `device` and `device_map` are given.
-        MissingExtraError: if `load_in_8bit` is set and bitsandbytes is not installed.
+        ModelError: if it cannot be found or opened, `dtype` is no floating torch dtype, both
+            `device` and `device_map` or both `load_in_8bit` and `load_in_4bit` are given, or it
+            reads more than text and torchvision is not installed.
+        MissingExtraError: if it is to be quantised and bitsandbytes is not installed.
     """
-    torch_dtype = _floating(dtype or ("float16" if load_in_8bit else "float32"))
+    if load_in_8bit and load_in_4bit:
+        raise ModelError(
+            "weights must be in 8 bits or in 4, but got both load_in_8bit and load_in_4bit; leave "
+            "one out."
+        )
+    bits = 8 if load_in_8bit else 4 if load_in_4bit else None
+    torch_dtype = _floating(dtype or ("float32" if bits is None else DTYPES[bits]))
     if device is not None and device_map is not None:
         raise ModelError(
             f"a model is on one device or spread by a map, but got {device!r} and {device_map!r}; "
@@ -123,18 +134,22 @@ def load_model(
         )
     given = str(CHECKPOINT if name_or_path is None else name_or_path)
     source = find_checkpoint(given, revision)
-    if load_in_8bit and find_spec("bitsandbytes") is None:
-        raise MissingExtraError("bitsandbytes", "bitsandbytes")
-
     with _quiet_import():
         from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer
 
     with opening(str(name_or_path), local=Path(source).is_dir()):
+        _check_processor(source, revision)
         options: dict[str, Any] = {"device": device, "dtype": torch_dtype, "device_map": device_map}
-        if load_in_8bit:
-            placed = device_map or device or _default_device()
-            options = {"hf_model": _quantised(source, revision, placed, torch_dtype)}
+        if bits is not None:
+            module = load_quantised(
+                source,
+                bits=bits,
+                revision=revision,
+                device_map=device_map or device or _default_device(),
+                dtype=torch_dtype,
+            )
+            options = {"hf_model": module}
         model = TransformerBridge.boot_transformers(
             source,
             # left out, it means that transformers asks at the terminal
@@ -434,17 +449,26 @@ def _quiet_import() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _quantised(source: str, revision: str | None, device_map: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _check_processor(source: str, revision: str | None) -> None:
+    """Refuse a model that reads images too where TransformerLens would have pip install what its
+    processor needs: that replaces packages of the environment, torch among them, without a word.
 
-    return AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        device_map=device_map,
-        trust_remote_code=False,
-    )
+    Raises:
+        ModelError: if torchvision cannot be imported.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if config.get_text_config() is config:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # a build for another torch raises what it likes
+        raise ModelError(
+            f"torchvision must be installed for a {config.model_type} model: it reads more than "
+            f"text, but importing torchvision gave {type(error).__name__}; install the build that "
+            f"fits torch {torch.__version__}, or open a checkpoint of the text model alone."
+        ) from error
 
 
 def _default_device() -> str:

@@ -21,6 +21,7 @@ class Recipe:
     dtype: str | None = None
     device: str | None = None
     load_in_8bit: bool = False
+    load_in_4bit: bool = False
     device_map: str | None = None
     fluency: str | None = None
     dictionaries: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Recipe:
             dtype=self.dtype,
             device=self.device,
             load_in_8bit=self.load_in_8bit,
+            load_in_4bit=self.load_in_4bit,
             device_map=self.device_map,
         )
 

@@ -203,13 +203,14 @@ def tune(
     config: TuningConfig | None = None,
     fluency: PerplexityModel | None = None,
     progress: Progress | bool = True,
+    log: EngineLog | None = None,
 ) -> TunedPlan:
     """Tune one question's plan: coefficients per segment that make the model say the answer,
     fluently, by `fluency` or the unsteered model itself.
 
     `progress`: True draws a bar in a notebook or a terminal, False none; a function is called as
     (stage, done, total). An interrupt gives the trials so far (`.tuned.interrupted`) and leaves the
-    model without hooks.
+    model without hooks. `log` counts what the engine did for the trials.
 
     Raises:
         QuestionError: if question or answer is empty.
@@ -225,9 +226,9 @@ def tune(
     parts = make_segments(segments, int(model.cfg.n_layers))
     config = with_engine_shape(model, [question], config, n_rows=config.search.round_size)
     job = Job(prepare_one(model, question, config), parts, "tuned")
-    score = Scorer(model, config, fluency=fluency)
+    score = Scorer(model, config, fluency=fluency, log=log)
     with shown(progress) as show:
-        tuned, interrupted = tune_jobs(model, [job], config, score=score, progress=show)
+        tuned, interrupted = tune_jobs(model, [job], config, score=score, progress=show, log=log)
     if not tuned and interrupted:
         raise KeyboardInterrupt
     return tuned[0]

@@ -43,6 +43,12 @@ _GPT2_SIZES = {
     "initializer_range": 0.2,
     **_IDS,
 }
+_GEMMA3 = {
+    **_GROUPS,
+    "head_dim": 12,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +61,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SIZES, "ffn_dim": 64, "word_embed_proj_dim": 48, "init_std": 0.2},
     ),
     "llama": ("LlamaConfig", {**_GROUPS, "attention_bias": True, "mlp_bias": True}),
+    "llama_tied": ("LlamaConfig", {**_GROUPS, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**_GROUPS, "head_dim": 12, "sliding_window": 4}),
     "mixtral": ("MixtralConfig", {**_GROUPS, "num_local_experts": 4}),
     "qwen2": ("Qwen2Config", _GROUPS),
@@ -64,13 +71,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", {**_GROUPS, "head_dim": 12}),
     "gemma2": ("Gemma2Config", {**_GROUPS, **_CAPS, "head_dim": 12, "sliding_window": 4}),
-    "gemma3": (
-        "Gemma3TextConfig",
+    "gemma3": ("Gemma3TextConfig", _GEMMA3),
+    "gemma3_images": (
+        "Gemma3Config",
         {
-            **_GROUPS,
-            "head_dim": 12,
-            "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "text_config": _GEMMA3,
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 310,
+            "eoi_token_index": 311,
+            "image_token_index": 312,
+            **_IDS,
         },
     ),
     "phi3": ("Phi3Config", _GROUPS),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import strong_plan
 
 from fusion_lens.atlas import CONTRASTS, QUESTIONS
 from fusion_lens.contrasts import KINDS, load_contrasts, of_kind, require_parts
@@ -17,7 +18,9 @@ from fusion_lens.decoding import GenerationConfig
 from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.fronts import kept_at
 from fusion_lens.method_bench import compare_methods
+from fusion_lens.models import load_model
 from fusion_lens.preparation import TuningConfig
+from fusion_lens.prompts import question_prompt, reference_prompt
 from fusion_lens.questions import Question, load_questions, save_questions
 from fusion_lens.search import SearchConfig
 
@@ -249,3 +252,45 @@ def test_what_the_model_of_costs_says_of_a_run_is_what_is_counted(script, tiny, 
     assert [own["gpus_per_worker"] for own in large] == [1, 1, 2]
     told = cost.markdown({"runs": {"all arms and reach": found}, "simple_qa": large})
     assert "| Llama-3 70B | 141 | 2 |" in told
+
+
+def test_the_drift_of_narrower_weights_is_that_from_full_precision(
+    script, gpt2_folder, tiny, tiny_folder, monkeypatch
+) -> None:
+    drift = script("drift")
+    widths = {name: drift.WIDTHS[name] for name in ("8-bit", "4-bit")}
+    monkeypatch.setattr(drift, "WIDTHS", widths)
+    monkeypatch.setattr(drift, "NEW_TOKENS", 4)
+    found = drift.measure(gpt2_folder, 2, 0)
+    full, eight, four = (found["widths"][name] for name in ("float32", "8-bit", "4-bit"))
+    assert (full["kl"]["mean"], full["top1"]["mean"], full["same_completion"]["mean"]) == (0, 1, 1)
+    assert [layer["error_most"] for layer in full["layers"]] == [0.0, 0.0]
+    assert 0 < eight["kl"]["mean"] < four["kl"]["mean"]
+    errors = [own["layers"][-1]["error_median"] for own in (eight, four)]
+    assert 0 < errors[0] < errors[1]
+    assert full["neighbours"] < 1e-4
+    assert four["neighbours"] < 1e-4
+    assert "same_steered" not in eight
+
+    prompt = question_prompt(tiny, "Who wrote it?")
+    reference = reference_prompt(tiny, "Who wrote it?", "Ada Lovelace")
+    plan = strong_plan(tiny)
+    cases = [drift.Case(name, prompt, reference, "Ada Lovelace", plan) for name in ("a", "b")]
+    config = GenerationConfig(max_new_tokens=4, cache_length=64)
+    exact = drift.look(tiny, cases, config)
+    assert exact.steered[0].tokens != exact.completions[0].tokens
+    narrow = load_model(tiny_folder, load_in_8bit=True)
+    told = drift.compared(exact, drift.look(narrow, cases, config), cases)
+    assert told["right_steered"]["mean"] == 0.0
+    assert told["same_steered"]["mean"] in (0.0, 1.0)
+    told["neighbours"] = drift.neighbours(narrow, cases, config)
+    assert told["neighbours"] == 0.0  # the same text twice
+    found = {"tiny": {"questions": 2, "tokens": 2, "widths": {"8-bit": told}}}
+    assert "tiny, 2 questions" in drift.markdown(found)
+
+
+def test_the_tables_of_drift_are_those_of_its_file(script) -> None:
+    drift = script("drift")
+    table = drift.markdown(json.loads((FOLDER / "drift.json").read_text("utf-8"))).strip()
+    for page in (FOLDER / "README.md", FOLDER.parent / "docs" / "families.md"):
+        assert table in page.read_text("utf-8")

@@ -102,6 +102,27 @@ def test_stories260k_runs_through_tune_and_generate(command, stories_folder, tmp
     assert plain != steered
 
 
+def test_tune_says_that_quantised_weights_ran_on_hook_points(
+    command, tiny_folder, tmp_path
+) -> None:
+    plan = tmp_path / "plan.safetensors"
+    arguments = ("tune", "Who wrote the red book?", "--answer", "Ada", "--explanation", "Yes.")
+    few = ("--model", tiny_folder, "--trials", 2, "--max-new-tokens", 4, "--out", plan)
+    code, out, _ = command(*arguments, *few, "--load-in-4bit")
+    assert code == 0
+    lines = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    assert lines["engine"].strip() == (
+        "hook points because its weights are quantised or spread over devices"
+    )
+    assert load_plan(plan).model.dtype == "uint8+bfloat16"
+    code, out, _ = command(*arguments, *few)
+    assert code == 0
+    assert "engine" not in out
+    code, _, err = command(*arguments, *few, "--load-in-4bit", "--load-in-8bit")
+    assert code == 1
+    assert "weights must be in 8 bits or in 4, but got both" in err
+
+
 def test_a_run_with_a_failed_question_exits_with_3_and_says_why(
     command, stories_folder, tmp_path
 ) -> None:

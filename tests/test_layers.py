@@ -18,7 +18,7 @@ LAYERS = (
     {"json_lines"},
     {
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
-        *{"pictures", "tables", "record_files", "segments", "gguf_headers"},
+        *{"pictures", "tables", "record_files", "segments", "gguf_headers", "quantisation"},
     },
     {"scores", "question_layouts"},
     {"claims"},

@@ -10,12 +10,11 @@ import jaxtyping
 import pytest
 import torch
 from conftest import prompts_of, strong_plan
-from engine import family
+from engine import family, save_family
 
-from fusion_lens import models
 from fusion_lens.activations import left_padded
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import ConfigError, HookNameError, MissingExtraError, ModelError
+from fusion_lens.errors import ConfigError, HookNameError, ModelError
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.models import (
     KeyValues,
@@ -175,10 +174,15 @@ def test_a_corrupted_checkpoint_is_one_error(tiny_folder, tmp_path) -> None:
         load_model(tmp_path)
 
 
-def test_8_bit_without_bitsandbytes_names_the_extra(tiny_folder, monkeypatch) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"fusion-lens\[bitsandbytes\]"):
-        load_model(tiny_folder, load_in_8bit=True)
+def test_nothing_is_installed_for_a_model_that_reads_images(tmp_path, monkeypatch) -> None:
+    # TransformerLens would call pip for torchvision, which replaces torch where it is of another
+    ran = []
+    monkeypatch.setattr(subprocess, "check_call", lambda command, **_: ran.append(command))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    folder = save_family("gemma3_images", tmp_path)
+    with pytest.raises(ModelError, match="torchvision must be installed for a gemma3 model: it"):
+        load_model(folder)
+    assert ran == []
 
 
 def test_a_model_that_is_placed_by_a_map_is_steered_alike(tiny, tiny_folder) -> None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import pytest
+from engine import logits_of, slow_logits, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_kinds import across_words, no_bos, no_padding, one_special, opened_with
 from tokenizers import AddedToken
 
+from fusion_lens.decoding import Row
 from fusion_lens.errors import ConfigError, SpanError
 from fusion_lens.models import load_model
 from fusion_lens.prompts import (
     Layout,
     Template,
     baseline_prompt,
+    continuation,
     explanation_prompt,
     question_prompt,
     reference_prompt,
@@ -177,3 +181,65 @@ def test_the_strict_span_is_the_authors(tiny) -> None:
 def test_the_baseline_may_be_asked_otherwise(tiny) -> None:
     assert baseline_prompt(tiny, "Who?") == question_prompt(tiny, "Who?")
     assert baseline_prompt(tiny, "Who?", Template(baseline="{question}")) == tokenize(tiny, "Who?")
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer", "first", "special", "pad"),
+    [
+        ("gpt2", one_special, "<|endoftext|>", (0,), "<|endoftext|>"),
+        ("gpt_neox", one_special, "Question", (), "<|endoftext|>"),
+        ("qwen3", no_bos, "Question", (), "<|endoftext|>"),
+        ("llama", no_padding, "<s>", (0,), "</s>"),
+    ],
+)
+def test_bos_and_padding_are_what_the_family_has(
+    tmp_path, family, tokenizer, first, special, pad
+) -> None:
+    model = opened_with(family, tokenizer, tmp_path)
+    asked = question_prompt(model, "Who wrote the red book?")
+    assert (asked.str_tokens[0], asked.special) == (first, special)
+    assert list(asked.tokens) == model.to_tokens(asked.text)[0].tolist()
+    # TransformerLens gives a tokenizer the padding it lacks
+    assert model.tokenizer.pad_token == pad
+    reference = reference_prompt(model, "Who wrote the red book?", "Ada Lovelace")
+    assert text_of(model, reference).endswith("Ada Lovelace")
+    assert set(reference.special) == set(special)
+    rows = [Row(prompt) for prompt in (asked, reference)]
+    together = written(model, rows, slots=2)
+    for row, completion in zip(rows, together, strict=True):
+        assert (logits_of(completion) - slow_logits(model, row, completion)).abs().max() < 1e-4
+
+
+def test_a_bos_that_a_tokenizer_lacks_is_the_end_of_a_text_only_on_request(tmp_path) -> None:
+    model = opened_with("qwen3", no_bos, tmp_path)
+    assert tokenize(model, "Who?").special == ()
+    asked = tokenize(model, "Who?", prepend_bos=True)
+    assert (asked.str_tokens[0], asked.special) == ("<|im_end|>", (0,))
+
+
+def test_a_token_that_holds_the_prompts_end_and_the_answers_beginning_is_of_the_answer(
+    tmp_path,
+) -> None:
+    model = opened_with("gemma2", across_words, tmp_path)
+    asked = question_prompt(model, "Who?")
+    reference = reference_prompt(model, "Who?", "Ada", "In 1843.")
+    # the reference does not begin with the prompt's tokens: the last of them is another
+    assert (len(asked.tokens), asked.str_tokens[-2:]) == (39, ("n", ":"))
+    assert reference.str_tokens[37:40] == ("n", ":\u010aAda", "\u010a")
+    assert reference.span == (38, len(reference.tokens))
+    assert text_of(model, reference) == ":\nAda\nIn 1843."
+    assert reference.pooled == tuple(range(38, len(reference.tokens)))
+    # what stands before the answer in a token of its own is no part of it
+    template = Template(reference="\nAda {answer}{explanation}")
+    behind = reference_prompt(model, "Who?", "Lovelace", template=template)
+    assert behind.str_tokens[slice(*behind.span)] == ("\u0120Lovelace",)
+
+
+def test_what_follows_a_prompt_is_told_alone_where_the_texts_tokens_differ(tmp_path) -> None:
+    model = opened_with("gemma2", across_words, tmp_path)
+    asked = question_prompt(model, "Who?")
+    tail = continuation(model, asked, "\nAda")
+    assert model.tokenizer.decode(tail) == "\nAda"
+    assert tail == tokenize(model, "\nAda", prepend_bos=False).tokens
+    spelt = tokenize(model, asked.text + "\nAda").tokens
+    assert asked.tokens + tail != spelt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +38,7 @@ def tune(
 ) -> int:
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
+    from fusion_lens.engine_log import EngineLog
     from fusion_lens.plan_files import save_plan
     from fusion_lens.progress import bars
     from fusion_lens.questions import Question
@@ -52,6 +53,7 @@ def tune(
         check_storage(storage, [asked.question])
     fluency = open_perplexity(settings.perplexity_model, recipe.device)
     opened = open_model(recipe)
+    log = EngineLog()
     with bars() as progress:
         tuned = tune_question(
             opened,
@@ -60,11 +62,12 @@ def tune(
             config=settings.experiment.tuning,
             fluency=fluency,
             progress=progress,
+            log=log,
         )
     save_plan(tuned.plan, out)
     if storage is not None:
         export_tuned(tuned, storage, asked.question)
-    print(_tuned_text(tuned))
+    print(_tuned_text(tuned, log.reasons))
     print(f"plan saved to {out}")
     return 130 if tuned.tuned.interrupted else 0
 
@@ -106,7 +109,7 @@ def generate(
     return 0
 
 
-def _tuned_text(tuned: Any) -> str:
+def _tuned_text(tuned: Any, reasons: Sequence[str]) -> str:
     best = tuned.tuned.best
     prepared = tuned.job.prepared
     reference = prepared.reference
@@ -130,6 +133,7 @@ def _tuned_text(tuned: Any) -> str:
         ("right", change(lambda graded: str(bool(graded.exact_match)))),
         ("perplexity", change(lambda graded: _shown(graded.perplexity))),
     ]
+    lines += [("engine", f"hook points because {reason}") for reason in reasons]
     if tuned.tuned.zero_won:
         lines.append(("note", "no trial beat the zero plan: the saved plan does not steer"))
     if len(tuned.tuned.front) > 1:

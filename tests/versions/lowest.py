@@ -1,12 +1,13 @@
 """The lowest versions that pyproject.toml declares, as constraints for pip.
 
-torch is left at the one of constraints.txt: an older one has no build for a CPU alone that pip finds
-without another index, and brings several GB of CUDA.
+torch is left at the one of constraints.txt: of older ones pip finds no build for a CPU alone
+without another index, and the others bring several GB of CUDA.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,14 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 def lowest() -> list[str]:
     """One line for each dependency."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"][
-        "dependencies"
-    ]
-    lines = [re.sub(r">=([\w.]+).*", r"==\1", each) for each in declared]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = [re.sub(r">=([\w.]+).*", r"==\1", each) for each in project["dependencies"]]
     pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     torch = [pin for pin in pins if pin.startswith("torch==")]
     return torch + [line for line in lines if not line.startswith("torch==")]
 
 
 if __name__ == "__main__":
-    print("\n".join(lowest()))
+    sys.stdout.write("\n".join(lowest()) + "\n")
