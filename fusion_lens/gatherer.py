@@ -1,9 +1,9 @@
 """Single requests that come at their own times -> batches, made one after the other in a thread.
 
 A batch begins with the first request that waits and takes what else arrives until `window` seconds
-bring nothing new, or it has `most`. What arrives while a batch is made waits for the next. Whoever
-cancels a request that waits takes it out. Of all gatherers in a process one makes at a time, inside
-`one_at_a_time`. Knows neither models nor event loops.
+bring nothing new, or it has `most`. What arrives while a batch is made waits for the next. A
+request that is cancelled before its batch is begun is left out. Of all gatherers in a process one
+makes at a time, inside `one_at_a_time`. Knows neither models nor event loops.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ class Gatherer(Generic[Asked, Made]):
         going = True
         while going:
             batch, going = self._next_batch()
-            batch = [(asked, future) for asked, future in batch if _begins(future)]
-            if batch:
-                self._answer(batch)
+            with one_at_a_time:
+                self._answer([each for each in batch if each[1].set_running_or_notify_cancel()])
 
     def _next_batch(self) -> tuple[list[tuple[Asked, Future[Made]]], bool]:
         """The next batch, and whether another may follow."""
@@ -89,8 +88,7 @@ class Gatherer(Generic[Asked, Made]):
     def _answer(self, batch: Sequence[tuple[Asked, Future[Made]]]) -> None:
         made: Sequence[Made | Exception]
         try:
-            with one_at_a_time:
-                made = self._make([asked for asked, _ in batch])
+            made = self._make([asked for asked, _ in batch]) if batch else []
         except Exception as error:
             made = [error] * len(batch)
         for (_, future), each in zip(batch, made, strict=True):
@@ -98,8 +96,3 @@ class Gatherer(Generic[Asked, Made]):
                 future.set_exception(each)
             else:
                 future.set_result(each)
-
-
-def _begins(future: Future[Made]) -> bool:
-    """Whether somebody still waits for it."""
-    return future.set_running_or_notify_cancel()

@@ -12,14 +12,13 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, final
 from weakref import WeakValueDictionary
 
 from fusion_lens.decoding import GenerationConfig
-from fusion_lens.errors import ConfigError, MissingExtraError, one_of
+from fusion_lens.errors import ConfigError, FusionLensError, MissingExtraError, one_of
 from fusion_lens.gatherer import Gatherer, one_at_a_time
 from fusion_lens.messages import Message, has_chat_template
 from fusion_lens.models import HookedModel, identify, load_model
@@ -63,7 +62,8 @@ class ModelArgs:
     `load_in_8bit` and `device_map` are those of `load_model`; `slots`, `cache_length` and
     `executor` those of `GenerationConfig`: with numbers for the first two, a reply does not depend
     on what shares its batch, to the last bit. `chat` is True, False, or "auto": by the chat
-    template where the tokenizer has one. `batch_size` is the most requests of a batch.
+    template where the tokenizer has one. `batch_size` is the most requests of a batch, `window` the
+    seconds it waits for another.
 
     Raises:
         ConfigError: if one is out of its range.
@@ -80,12 +80,16 @@ class ModelArgs:
     cache_length: int | None = None
     executor: str = "auto"
     batch_size: int = 32
+    window: float = 0.05
 
     def __post_init__(self) -> None:
         if isinstance(self.chat, str):
             one_of("chat", self.chat, ("auto",))
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, but got {self.batch_size}.")
+        if self.batch_size < 1 or self.window < 0.0:
+            raise ConfigError(
+                "batch_size must be at least 1 and window at least 0, but got "
+                f"({self.batch_size=}, {self.window=})."
+            )
         self.generation()
 
     def generation(self) -> GenerationConfig:
@@ -150,10 +154,11 @@ class SteeredAPI(ModelAPI):
                 f"chat=true needs a tokenizer with a chat template; that of {model_name} has none."
             )
         self._plans: dict[str, Plan] = {}
-        self._plan = None if self._args.plan is None else self._opened_plan(self._args.plan)
-        self._gatherer: Gatherer[Request, Reply] = Gatherer(
-            partial(write_replies, self.model, chat=self.chat, config=self._args.generation()),
-            most=self._args.batch_size,
+        if self._args.plan is not None:
+            with one_at_a_time:
+                self._opened_plan(self._args.plan)
+        self._gatherer: Gatherer[tuple[Request, str | None], Reply] = Gatherer(
+            self._write, most=self._args.batch_size, window=self._args.window
         )
 
     def close(self) -> None:
@@ -197,7 +202,8 @@ class SteeredAPI(ModelAPI):
             )
         started = time.monotonic()
         request = self._request(input, config)
-        reply = await asyncio.wrap_future(self._gatherer.submit(request))
+        plan = self._plan_of(config.extra_body or {})
+        reply = await asyncio.wrap_future(self._gatherer.submit((request, plan)))
         return self._output(request, reply, time.monotonic() - started)
 
     def _request(self, input: Sequence[ChatMessage], config: GenerateConfig) -> Request:
@@ -213,28 +219,45 @@ class SteeredAPI(ModelAPI):
             seed = random.SystemRandom().randrange(2**31) if temperature else 0
         return Request(
             messages=tuple(map(_message, input)),
-            plan=self._plan_of(config.extra_body or {}),
             max_tokens=config.max_tokens or self.max_tokens(),
             temperature=temperature,
             seed=seed,
             stop=tuple(config.stop_seqs or ()),
         )
 
-    def _plan_of(self, extra: Mapping[str, Any]) -> Plan | None:
+    def _plan_of(self, extra: Mapping[str, Any]) -> str | None:
         if not extra:
-            return self._plan
+            return self._args.plan
         path = extra.get("plan")
         if len(extra) > 1 or not isinstance(path, str):
             raise ConfigError(
                 "extra_body must be {'plan': the name of a file}, but has the keys "
                 f"{', '.join(extra)}."
             )
-        if self._plan is not None:
+        if self._args.plan is not None:
             raise ConfigError(
                 f"one plan must steer a reply, but the model has {self._args.plan} and the "
                 f"request {path}; leave one out."
             )
-        return self._opened_plan(path)
+        return path
+
+    def _write(self, asked: Sequence[tuple[Request, str | None]]) -> list[Reply | Exception]:
+        steered = [self._steered(request, path) for request, path in asked]
+        replies = iter(
+            write_replies(
+                self.model,
+                [each for each in steered if isinstance(each, Request)],
+                chat=self.chat,
+                config=self._args.generation(),
+            )
+        )
+        return [next(replies) if isinstance(each, Request) else each for each in steered]
+
+    def _steered(self, request: Request, path: str | None) -> Request | Exception:
+        try:
+            return request if path is None else replace(request, plan=self._opened_plan(path))
+        except FusionLensError as error:
+            return error
 
     def _opened_plan(self, path: str) -> Plan:
         if path not in self._plans:

@@ -33,6 +33,7 @@ from fusion_lens.errors import (
     ModelError,
     PlanError,
 )
+from fusion_lens.gatherer import one_at_a_time
 from fusion_lens.generation import generate
 from fusion_lens.inspect_models import ModelArgs, read_model_args
 from fusion_lens.models import HookedModel
@@ -42,6 +43,7 @@ from fusion_lens.prompts import tokenize
 
 TEXTS = ("Who wrote the red book?", "When?", "When was Tom born in the harbour?")
 SHAPE = {"slots": 4, "cache_length": 64}
+TOGETHER = {"batch_size": 3, "window": 60.0}  # a batch of three, however busy the machine is
 LIMIT = GenerateConfig(max_tokens=6)
 
 
@@ -123,10 +125,11 @@ def written(model: HookedModel, plan: Plan | None) -> list[str]:
 def test_what_is_asked_at_once_is_one_batch_of_what_generate_writes(
     tiny, tiny_folder, plan, plan_file, opened, batches
 ) -> None:
-    steered = opened(tiny_folder, plan=plan_file, scale=0.5, **SHAPE)
+    steered = opened(tiny_folder, plan=plan_file, scale=0.5, **SHAPE, **TOGETHER)
     answers = ask(steered, TEXTS)
     assert batches == [3]
     assert [answer.completion for answer in answers] == written(tiny, plan * 0.5)
+    steered = opened(tiny_folder, plan=plan_file, scale=0.5, **SHAPE)
     assert [ask_one(steered, text).completion for text in TEXTS] == written(tiny, plan * 0.5)
     assert batches == [3, 1, 1, 1]
     plain = ask(opened(tiny_folder, **SHAPE), TEXTS)
@@ -135,9 +138,9 @@ def test_what_is_asked_at_once_is_one_batch_of_what_generate_writes(
 
 
 def test_a_batch_has_at_most_its_size(tiny_folder, opened, batches) -> None:
-    model = opened(tiny_folder, batch_size=2)
-    ask(model, TEXTS)
-    assert sorted(batches) == [1, 2]
+    model = opened(tiny_folder, batch_size=2, window=60.0)
+    ask(model, (*TEXTS, TEXTS[0]))
+    assert batches == [2, 2]
     assert model.api.max_connections() == 2
 
 
@@ -212,7 +215,7 @@ def test_messages_go_through_the_chat_template_of_a_tokenizer_that_has_one(
 def test_a_request_can_bring_the_plan_of_its_own(
     tiny, tiny_folder, plan, plan_file, opened, batches
 ) -> None:
-    model = opened(tiny_folder, **SHAPE)
+    model = opened(tiny_folder, **SHAPE, batch_size=2, window=60.0)
 
     async def both() -> list[ModelOutput]:
         own = LIMIT.merge(GenerateConfig(extra_body={"plan": plan_file}))
@@ -232,7 +235,7 @@ def test_a_request_can_bring_the_plan_of_its_own(
     with pytest.raises(ConfigError, match=r"extra_body must be .* has the keys top_a"):
         ask_one(model, "When?", extra_body={"top_a": 1})
     with pytest.raises(PlanError, match="must be a readable plan file"):
-        ask_one(model, "When?", extra_body={"plan": "nowhere.safetensors"})
+        ask_one(opened(tiny_folder), "When?", extra_body={"plan": "nowhere.safetensors"})
 
 
 def test_a_plan_of_another_model_is_refused_when_it_is_opened(
@@ -253,12 +256,13 @@ def test_a_cancelled_request_is_dropped(tiny_folder, opened, batches) -> None:
     model = opened(tiny_folder)
 
     async def one_given_up() -> ModelOutput:
-        given_up = asyncio.create_task(model.generate("When?", config=LIMIT))
-        kept = asyncio.create_task(model.generate("Who?", config=LIMIT))
-        await asyncio.sleep(0.01)
-        given_up.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await given_up
+        with one_at_a_time:
+            given_up = asyncio.create_task(model.generate("When?", config=LIMIT))
+            kept = asyncio.create_task(model.generate("Who?", config=LIMIT))
+            await asyncio.sleep(0.05)
+            given_up.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await given_up
         return await kept
 
     assert asyncio.run(one_given_up()).usage is not None
@@ -310,13 +314,13 @@ def test_arguments_have_names_and_types() -> None:
     told = {"plan": Path("plan.safetensors"), "scale": 2, "slots": 8, "chat": False}
     assert read_model_args(told) == ModelArgs("plan.safetensors", 2.0, slots=8, chat=False)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"plans": "a"}, r"must be one of plan, scale, .*batch_size, but: plans is no known field"),
+        ({"plans": "a"}, r"must be one of plan, scale, .*window, but: plans is no known field"),
         ({"trust_remote_code": True}, r"trust_remote_code is no known field"),
         ({"scale": "much"}, r"scale must be a valid number, but got 'much'"),
         ({"slots": 0}, r"slots must be at least 1, but got 0"),
         ({"chat": "maybe"}, r"chat must be one of auto, but got 'maybe'"),
         ({"executor": "fast"}, r"executor must be one of auto, lean, hooks, but got 'fast'"),
-        ({"batch_size": 0}, r"batch_size must be at least 1, but got 0"),
+        ({"batch_size": 0}, r"batch_size must be at least 1 and window at least 0, but got"),
         ({"plan": object()}, r"not JSON serializable"),
     ]
     for given, message in wrong:

@@ -145,14 +145,15 @@ def test_the_log_of_a_steered_model_holds_what_generate_writes_under_its_plan(
         return generate(model, asked, config)
 
     monkeypatch.setattr(replies, "generate", counted)
-    steered = run(model_args={"plan": plan_file})
+    together = {"plan": plan_file, "batch_size": len(ASKED), "window": 60.0}
+    steered = run(model_args=together)
     assert rows == [len(ASKED)]
     unsteered = run()
     assert texts(steered) == own_texts(atlas, [plan] * len(ASKED))
     assert texts(unsteered) == own_texts(atlas, [None] * len(ASKED))
     assert texts(steered)[0] != texts(unsteered)[0]
     assert steered.eval.model == "fusion_lens/atlas"
-    assert steered.eval.model_args == {**SHAPE, "plan": plan_file}
+    assert steered.eval.model_args == {**SHAPE, **together}
     assert [sample.input for sample in samples_of(steered)] == [q.question for q in ASKED]
     first = samples_of(steered)[0]
     assert first.messages[0].text == question_prompt(atlas, ASKED[0].question).text
@@ -321,7 +322,7 @@ def test_inspect_eval_on_the_command_line_with_a_server_that_grades(
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert server.keys == {KEY}
