@@ -153,10 +153,8 @@ class SteeredAPI(ModelAPI):
             raise ConfigError(
                 f"chat=true needs a tokenizer with a chat template; that of {model_name} has none."
             )
-        self._plans: dict[str, Plan] = {}
-        if self._args.plan is not None:
-            with one_at_a_time:
-                self._opened_plan(self._args.plan)
+        with one_at_a_time:
+            self._plan = None if self._args.plan is None else self._opened_plan(self._args.plan)
         self._gatherer: Gatherer[tuple[Request, str | None], Reply] = Gatherer(
             self._write, most=self._args.batch_size, window=self._args.window
         )
@@ -202,8 +200,8 @@ class SteeredAPI(ModelAPI):
             )
         started = time.monotonic()
         request = self._request(input, config)
-        plan = self._plan_of(config.extra_body or {})
-        reply = await asyncio.wrap_future(self._gatherer.submit((request, plan)))
+        own_plan = self._own_plan(config.extra_body or {})
+        reply = await asyncio.wrap_future(self._gatherer.submit((request, own_plan)))
         return self._output(request, reply, time.monotonic() - started)
 
     def _request(self, input: Sequence[ChatMessage], config: GenerateConfig) -> Request:
@@ -219,15 +217,17 @@ class SteeredAPI(ModelAPI):
             seed = random.SystemRandom().randrange(2**31) if temperature else 0
         return Request(
             messages=tuple(map(_message, input)),
+            plan=self._plan,
             max_tokens=config.max_tokens or self.max_tokens(),
             temperature=temperature,
             seed=seed,
             stop=tuple(config.stop_seqs or ()),
         )
 
-    def _plan_of(self, extra: Mapping[str, Any]) -> str | None:
+    def _own_plan(self, extra: Mapping[str, Any]) -> str | None:
+        """The file of the plan that a request brings."""
         if not extra:
-            return self._args.plan
+            return None
         path = extra.get("plan")
         if len(extra) > 1 or not isinstance(path, str):
             raise ConfigError(
@@ -260,11 +260,9 @@ class SteeredAPI(ModelAPI):
             return error
 
     def _opened_plan(self, path: str) -> Plan:
-        if path not in self._plans:
-            plan = load_plan(path)
-            plan.check(identify(self.model))
-            self._plans[path] = plan * self._args.scale
-        return self._plans[path]
+        plan = load_plan(path)
+        plan.check(identify(self.model))
+        return plan * self._args.scale
 
     def _output(self, request: Request, reply: Reply, seconds: float) -> ModelOutput:
         message = ChatMessageAssistant(content=reply.text, model=self.model_name, source="generate")
