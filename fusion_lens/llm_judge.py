@@ -272,15 +272,7 @@ class LLMJudge:
                 + (used.input_tokens_cache_write or 0)
             )
             self.counts.tokens_out += used.output_tokens
-        text = output.completion.strip()
-        if output.empty or not text:
-            return _Reply(text, "empty reply")
-        if output.stop_reason == "content_filter":
-            return _Reply(text, "refused")
-        if not ask.found_in(text):
-            cut = output.stop_reason == "max_tokens"
-            return _Reply(text, "cut at max_tokens" if cut else f"no single {ask.sought}")
-        return _Reply(text)
+        return _reply(ask.sought, output)
 
     def _opened(self) -> Model:
         from inspect_ai.model import get_model
@@ -305,6 +297,24 @@ class LLMJudge:
         if hasattr(client, "max_retries"):
             client.max_retries = 0
         return model
+
+
+def label_verdict(item: JudgeItem, output: ModelOutput) -> Verdict:
+    """What a model's reply to `judge_prompt("label", item)` says of the item, for who asks
+    inspect-ai himself; unscored, with the reason in `explanation`, where it names no label."""
+    return _verdict(item, _reply("label", output), None)
+
+
+def _reply(sought: str, output: ModelOutput) -> _Reply:
+    text = output.completion.strip()
+    if output.empty or not text:
+        return _Reply(text, "empty reply")
+    if output.stop_reason == "content_filter":
+        return _Reply(text, "refused")
+    if PARSERS[sought](text) is None:
+        cut = output.stop_reason == "max_tokens"
+        return _Reply(text, "cut at max_tokens" if cut else f"no single {sought}")
+    return _Reply(text)
 
 
 def _verdict(item: JudgeItem, label: _Reply, grade: _Reply | None) -> Verdict:

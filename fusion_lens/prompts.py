@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fusion_lens.errors import ConfigError, ModelError, SpanError
+from fusion_lens.messages import Message, chat_text
 from fusion_lens.models import HookedModel
 
 
@@ -190,7 +191,7 @@ def explanation_prompt(
     template = template or Template()
     text = template.explain.format(question=question, answer=answer)
     if template.chat:
-        text = _chat(model, text)
+        text = chat_text(model, [Message("user", text)])
     return tokenize(model, text, prepend_bos=template.prepend_bos)
 
 
@@ -237,18 +238,5 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 def _question_text(model: HookedModel, question: str, template: Template, prefix: str = "") -> str:
     if template.chat:
-        return _chat(model, prefix + question)
+        return chat_text(model, [Message("user", prefix + question)])
     return prefix + template.question.format(question=question)
-
-
-def _chat(model: HookedModel, content: str) -> str:
-    if not getattr(model.tokenizer, "chat_template", None):
-        raise ConfigError(
-            "chat=True needs a tokenizer with a chat template; "
-            f"that of {model.cfg.model_name} has none."
-        )
-    return str(
-        model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-    )

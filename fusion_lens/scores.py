@@ -262,6 +262,18 @@ def label_figures(labels: Sequence[str | None]) -> LabelFigures:
     if not n:
         return LabelFigures(None, None, None, None, None, n, unscored)
     right, wrong, silent = (scored.count(label) for label in LABELS)
-    accuracy = right / (right + wrong) if right + wrong else 0.0
-    f = 2 * accuracy * (right / n) / (accuracy + right / n) if right else 0.0
-    return LabelFigures(right / n, wrong / n, silent / n, accuracy, f, n, unscored)
+    return LabelFigures(
+        right / n,
+        wrong / n,
+        silent / n,
+        *of_attempted(float(right), float(wrong), float(n)),
+        n,
+        unscored,
+    )
+
+
+def of_attempted(correct: float, incorrect: float, n: float) -> tuple[float, float]:
+    """`attempted_accuracy` and `f` of `LabelFigures`, of these numbers among `n`."""
+    accuracy = correct / (correct + incorrect) if correct + incorrect else 0.0
+    f = 2 * accuracy * (correct / n) / (accuracy + correct / n) if correct else 0.0
+    return accuracy, f

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inspect_ai.model import ModelOutput
 from judge_server import (
     Act,
     JudgeServer,
@@ -27,7 +28,7 @@ from fusion_lens import llm_judge
 from fusion_lens.errors import ConfigError, InputFileError, MissingExtraError, OutputError
 from fusion_lens.judge_prompts import judge_prompt
 from fusion_lens.judges import Judge, JudgeItem, Verdict
-from fusion_lens.llm_judge import LLMJudge
+from fusion_lens.llm_judge import LLMJudge, label_verdict
 
 MODEL = "openai-api/judge/model"
 KEY = "sk-never-to-be-seen-0123456789"
@@ -469,3 +470,13 @@ def test_without_inspect_ai_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "inspect_ai.model", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'fusion-lens\[judge\]'"):
         LLMJudge(MODEL)
+
+
+def test_who_asks_inspect_ai_himself_reads_a_reply_alike() -> None:
+    asked = item("Who wrote it?")
+    right = ModelOutput.from_content("model", " INCORRECT \n")
+    assert label_verdict(asked, right) == Verdict("INCORRECT", None, "Ada Lovelace.", "INCORRECT")
+    cut = ModelOutput.from_content("model", "Well, I", stop_reason="max_tokens")
+    assert label_verdict(asked, cut) == Verdict(
+        None, None, "Ada Lovelace.", "unscored, cut at max_tokens: Well, I"
+    )
