@@ -74,7 +74,7 @@ LAYERS = (
     {
         *{"commands", "commands.running", "commands.tuning", "commands.features"},
         *{"commands.questions", "commands.comparing", "commands.exporting"},
-        *{"inspect_tasks"},
+        "inspect_tasks",
     },
     {"cli"},
 )
