@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 SECONDS_OF_FUZZING ?= 600
 
-.PHONY: run test chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost soak clean
+.PHONY: run test chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost bench-starts soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -68,6 +68,9 @@ bench-ray: $(STAMP)
 
 bench-cost: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py
+
+bench-starts: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/starts.py
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

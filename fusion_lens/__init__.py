@@ -38,6 +38,9 @@ from fusion_lens.plans import one_layer as one_layer
 from fusion_lens.plans import per_layer as per_layer
 from fusion_lens.plans import thirds as thirds
 from fusion_lens.preparation import TuningConfig as TuningConfig
+from fusion_lens.preset_files import load_preset as load_preset
+from fusion_lens.preset_files import save_preset as save_preset
+from fusion_lens.presets import preset_starts as preset_starts
 from fusion_lens.prompts import Prompt as Prompt
 from fusion_lens.prompts import Template as Template
 from fusion_lens.prompts import question_prompt as question_prompt
@@ -50,7 +53,10 @@ from fusion_lens.results import Results as Results
 from fusion_lens.results import load_results as load_results
 from fusion_lens.saes import load_sae as load_sae
 from fusion_lens.search import SearchConfig as SearchConfig
+from fusion_lens.similar_starts import similar_starts as similar_starts
+from fusion_lens.starts import Starts as Starts
 from fusion_lens.steps import Affine as Affine
 from fusion_lens.steps import Gate as Gate
 from fusion_lens.steps import Step as Step
+from fusion_lens.suggestions import suggest as suggest
 from fusion_lens.tuning import tune as tune

@@ -15,6 +15,7 @@ from fusion_lens.commands.comparing import compare_methods
 from fusion_lens.commands.features import features
 from fusion_lens.commands.questions import questions
 from fusion_lens.commands.running import compare, report, run
+from fusion_lens.commands.suggesting import suggest
 from fusion_lens.commands.tuning import generate, tune
 from fusion_lens.errors import FusionLensError
 
@@ -24,7 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
-for command in (run, report, compare, tune, generate, features, questions, compare_methods):
+for command in (
+    *(run, report, compare, tune, suggest, generate, features, questions),
+    compare_methods,
+):
     app.command()(command)
 
 # typer has a copy of click of its own or uses the installed one, depending on its version

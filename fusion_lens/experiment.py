@@ -9,6 +9,7 @@ grow with their number; all rounds of a block share one batch. The work is done 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -506,6 +507,11 @@ def _settings(config: ExperimentConfig, unrelated: str | None) -> dict[str, Any]
     settings = asdict(config)
     sampler = config.tuning.search.sampler
     settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
+    starts = settings["tuning"].pop("starts")
+    if any(starts.values()):
+        # a start of every layer for each of thousands of questions
+        own = json.dumps(starts.pop("own")).encode()
+        settings["tuning"]["starts"] = {"own_sha256": hashlib.sha256(own).hexdigest(), **starts}
     # a storage URL may hold a password
     settings["storage"] = config.storage is not None
     settings["unrelated"] = None if config.unrelated is None else config.unrelated.name

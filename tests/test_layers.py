@@ -20,12 +20,15 @@ LAYERS = (
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
         *{"pictures", "tables", "record_files", "segments"},
     },
-    {"scores", "question_layouts"},
+    {"scores", "question_layouts", "starts"},
     {"claims"},
     {"golds"},
     {"questions", "contrasts", "models", "llama", "judges"},
-    {"prompts", "lean", "engine_log", "judge_prompts", "dictionaries"},
-    {"llm_judge", "sae_configs", "crosscoders", "sparse_coding", "feature_labels"},
+    {"prompts", "lean", "engine_log", "judge_prompts", "dictionaries", "presets"},
+    {
+        *{"llm_judge", "sae_configs", "crosscoders", "sparse_coding", "feature_labels"},
+        *{"preset_files"},
+    },
     {"executors", "sae_files", "crosscoder_files"},
     {"activations", "saes"},
     {"deltas"},
@@ -38,12 +41,13 @@ LAYERS = (
     {"preparation", "statistics"},
     {"report", "fronts", "summary_layout"},
     {"results"},
-    {"run_folder"},
-    {"scoring"},
-    {"tuning", "teacher_forcing"},
+    {"run_folder", "similar_starts"},
+    {"scoring", "teacher_forcing"},
+    {"gradient_starts"},
+    {"tuning", "start_sources"},
     {
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
-        *{"site_activations", "contrast_texts", "gate_values"},
+        *{"site_activations", "contrast_texts", "gate_values", "suggestions"},
     },
     {"methods.checks"},
     {
@@ -59,7 +63,7 @@ LAYERS = (
     {"workers"},
     {
         *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
-        *{"report_data", "method_plots", "front_plots"},
+        *{"report_data", "method_plots", "front_plots", "suggestion_plots"},
     },
     {"run_plots"},
     {"plots"},
@@ -68,7 +72,7 @@ LAYERS = (
     {"cli_options", "cli_inputs"},
     {
         *{"commands", "commands.running", "commands.tuning", "commands.features"},
-        *{"commands.questions", "commands.comparing"},
+        *{"commands.questions", "commands.comparing", "commands.suggesting"},
     },
     {"cli"},
 )
@@ -111,7 +115,7 @@ DOORS = {
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
-        *{"report_page", "method_plots", "front_plots"},
+        *{"report_page", "method_plots", "front_plots", "suggestion_plots"},
     },
     "jinja2": {"report_page"},
     "rich": {"tables", "results"},
@@ -119,7 +123,7 @@ DOORS = {
     "ipywidgets": {"panel"},
     "typer": {
         *{"cli", "cli_options", "commands.running", "commands.tuning", "commands.features"},
-        *{"commands.questions", "commands.comparing"},
+        *{"commands.questions", "commands.comparing", "commands.suggesting"},
     },
     "inspect_ai": {"llm_judge"},
     "nltk": {"published"},
