@@ -537,18 +537,18 @@ def test_a_gated_run_without_another_split_is_refused(command, questions, tmp_pa
 
 def test_a_preset_of_dev_questions_is_where_tune_and_run_start(command, tmp_path) -> None:
     preset, picture = tmp_path / "preset.json", tmp_path / "suggest.html"
-    few = ("--explanation-tokens", 8, "--max-new-tokens", 12)
-    swept = ("suggest", "--limit", 4, "--strengths", "0.5,1", "--seed", 1, "--out", preset)
+    few = ("--explanation-tokens", 8, "--max-new-tokens", 24)
+    swept = ("suggest", "--limit", 2, "--strengths", "1", "--out", preset)
     code, out, _ = command(*swept, "--picture", picture, *few)
     assert code == 0
-    assert "the best of 8 cells on 4 questions of atlas" in out
-    assert "preset for atlas, of 4 questions" in out
+    assert "the best of 4 cells on 2 questions of atlas" in out
+    assert "preset for atlas, of 2 questions" in out
     assert f"preset saved to {preset}\npicture written to {picture}" in out
     assert "plotly" in picture.read_text()
     made = load_preset(preset)
-    assert made.starts
-    assert len(made.questions) == 4
-    asked = ("--limit", 2, "--trials", 3, "--arms", "segmented", "--no-reach", *few)
+    assert made.starts == ((1.0, 0.0, 0.0),)
+    assert len(made.questions) == 2
+    asked = ("--limit", 1, "--trials", 2, "--arms", "segmented", "--no-reach", *few)
     done = tmp_path / "done"
     code, _, err = command("run", *asked, "--start", preset, "--dictionary", "none", "--out", done)
     assert code == 0, err
@@ -558,17 +558,15 @@ def test_a_preset_of_dev_questions_is_where_tune_and_run_start(command, tmp_path
     ]
     code, _, err = command("run", *asked, "--split", "dev", "--limit", 150, "--start", preset)
     assert (code, err.count("\n")) == (1, 1)
-    assert "a preset must be of other questions than those that start from it, but got 4" in err
+    assert "a preset must be of other questions than those that start from it, but got 2" in err
     # from that run, along the gradient, and from both
     question = ("tune", "When was Bren Aldack born?", "--answer", "14 March 1872", *few)
-    plan = ("--trials", 4, "--out", tmp_path / "plan.safetensors")
+    plan = ("--trials", 3, "--out", tmp_path / "plan.safetensors")
     code, out, err = command(
         *question, *plan, "--start", preset, "--start-from", done, "--gradient-start"
     )
     assert code == 0, err
-    assert "of 4)" in out
-    code, _, err = command(*question, *plan, "--start", preset, "--parametrisation", "alpha_gamma")
-    assert (code, "a start must lie in [0.0001, 1]" in err) == (1, True)
+    assert "of 3)" in out
 
 
 @pytest.mark.parametrize(
@@ -581,8 +579,10 @@ def test_a_preset_of_dev_questions_is_where_tune_and_run_start(command, tmp_path
         (("tune", "Who?", "--answer", "x", "--start", "nowhere.json"), "nowhere.json: must be"),
         (("tune", "Who?", "--answer", "x", "--start-from", "nowhere"), "nowhere: must hold the"),
         (
-            ("tune", "Who?", "--answer", "x", "--protocol", "paper", "--gradient-start")
-            + ("--perplexity-model", "atlas"),
+            (
+                *("tune", "Who?", "--answer", "x", "--protocol", "paper", "--gradient-start"),
+                *("--perplexity-model", "atlas"),
+            ),
             "starts along a gradient need a constant shift",
         ),
     ],

@@ -92,7 +92,8 @@ def test_searches_start_at_the_questions_own_coefficients_and_at_those_of_all(ti
     starts = Starts(own=((OTHER.id, FOUR[1:]),), shared=FOUR[:1])
     config = replace(QUICK, starts=starts)
     prepared, _ = prepare(tiny, [ASKED, OTHER], config)
-    jobs = [Job(item, make_segments(name, 4), name) for item in prepared for name in ("thirds", 2)]
+    parts = [make_segments(name, 4) for name in ("thirds", 2)]
+    jobs = [Job(item, own, "x") for item in prepared for own in parts]
     red, red_halves, born, born_halves = tune_jobs(tiny, jobs, config)[0]
     assert tried(red)[1] == THIRDS[0]
     assert tried(born)[1:3] == THIRDS[::-1]
