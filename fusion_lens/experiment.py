@@ -92,6 +92,7 @@ def run(
         ConfigError: if there is no question, two share an id, the metrics are the published ones
             and there is no `fluency`, or the gated arm has no gate that fits.
         PlanError: if the model has fewer layers than segments.
+        SearchError: if a search would start outside the range it searches.
         InputFileError: if the unrelated text cannot be read or is too short.
         OutputError: if `out` cannot be written, or holds what must not be replaced.
         ResumeError: if the run in `out` is another one.
@@ -509,7 +510,7 @@ def _settings(config: ExperimentConfig, unrelated: str | None) -> dict[str, Any]
     settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
     starts = settings["tuning"].pop("starts")
     if any(starts.values()):
-        # a start of every layer for each of thousands of questions
+        # thousands of questions may have starts of their own: held by a digest
         own = json.dumps(starts.pop("own")).encode()
         settings["tuning"]["starts"] = {"own_sha256": hashlib.sha256(own).hexdigest(), **starts}
     # a storage URL may hold a password

@@ -241,7 +241,7 @@ class Search(Generic[T]):
 
     Raises:
         SearchError: if nothing is sought, two things have one name, or a start lacks a segment,
-            names another, or lies outside the range that is sought.
+            names another, or lies outside the range that is searched.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 Every segment alone, and all of them together, is tried at every strength on every question, as rows
 of one batch beside the zero plan. The gain of a cell is the mean over questions of objective minus
 the zero plan's objective, with a cluster bootstrap over subjects. The best strength of each row of
-cells becomes a start of the preset, the largest gain first. It is the best of
-several, so that its own gain flatters: what a preset is worth is seen on other questions. A start
-costs a trial, so that there are at most four, and none that gains less than 0.01.
+cells becomes a start of the preset, the largest gain first. It is the best of several, so that its
+own gain flatters: what a preset is worth is seen on other questions. A start costs a trial, so that
+there are at most four, and none that gains less than 0.01.
 """
 
 from __future__ import annotations

@@ -245,6 +245,7 @@ def tune(
         QuestionError: if question or answer is empty.
         SpanError: if the answer is not found in the reference's tokens.
         ContextLengthError: if a text exceeds the context.
+        SearchError: if it would start outside the range that is searched.
         KeyboardInterrupt: if interrupted before the first round ended.
     """
     config = config or TuningConfig()
