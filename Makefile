@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 SECONDS_OF_FUZZING ?= 600
 
-.PHONY: run test test-slow test-versions test-package chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost bench-drift families soak clean
+.PHONY: run test test-slow test-versions test-package chaos chaos-ray test-pages fuzz audit docs lint types figures notebooks atlas-probes bench bench-long bench-features bench-methods bench-ray bench-cost bench-drift families bench-starts soak clean
 
 run: $(STAMP)
 	$(BIN)/fusion-lens run --out runs/atlas --overwrite
@@ -87,6 +87,9 @@ bench-drift: $(STAMP)
 # every family at every stage, into docs/families.md
 families: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
+
+bench-starts: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/starts.py
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py

@@ -42,6 +42,7 @@ from fusion_lens.plots import (
     plot_logit_lens,
     plot_question_cosines,
     plot_search,
+    plot_suggestion,
     plot_token_features,
     plot_token_shifts,
     plot_tokens,
@@ -52,10 +53,12 @@ from fusion_lens.plots import (
 )
 from fusion_lens.preparation import prepare
 from fusion_lens.prompts import tokenize
+from fusion_lens.questions import select_questions, stratified
 from fusion_lens.report import lender_lines, sections, tuned_lines
 from fusion_lens.results import Result, Results, plan_path
 from fusion_lens.shelves import labels_of, open_dictionaries
 from fusion_lens.statistics import cluster_bootstrap
+from fusion_lens.suggestions import suggest
 from fusion_lens.teacher_forcing import Text, gold_text
 from fusion_lens.units import Momenta, random_ranking, ranking_by_mean, unit_mask
 
@@ -174,6 +177,12 @@ def method_figures(model: HookedModel) -> list[Figure]:
     ]
 
 
+def suggestion_figure(model: HookedModel) -> Figure:
+    """The sweep that `fusion-lens suggest` makes as it comes."""
+    dev = select_questions(load_questions(QUESTIONS), split="dev")
+    return plot_suggestion(suggest(model, stratified(dev, 8, 0), progress=False))
+
+
 def gate_figure(model: HookedModel, plan: Plan, text: str) -> Figure:
     """What a gated plan's gate says to a prompt and to what it writes behind it."""
     prompt = tokenize(model, text)
@@ -215,6 +224,7 @@ def main() -> None:
         *run_figures(results),
         *question_figures(model, results),
         *method_figures(model),
+        suggestion_figure(model),
     ]
     reason = write_figures(figures, FIGURES, html=False, data=True)
     if reason is not None:

@@ -33,6 +33,9 @@ from .plans import one_layer as one_layer
 from .plans import per_layer as per_layer
 from .plans import thirds as thirds
 from .preparation import TuningConfig as TuningConfig
+from .preset_files import load_preset as load_preset
+from .preset_files import save_preset as save_preset
+from .presets import preset_starts as preset_starts
 from .prompts import Prompt as Prompt
 from .prompts import Template as Template
 from .prompts import question_prompt as question_prompt
@@ -45,9 +48,12 @@ from .results import Results as Results
 from .results import load_results as load_results
 from .saes import load_sae as load_sae
 from .search import SearchConfig as SearchConfig
+from .similar_starts import similar_starts as similar_starts
+from .starts import Starts as Starts
 from .steps import Affine as Affine
 from .steps import Gate as Gate
 from .steps import Step as Step
+from .suggestions import suggest as suggest
 from .tuning import tune as tune
 from .vector_files import load_vectors as load_vectors
 from .vector_files import save_vectors as save_vectors

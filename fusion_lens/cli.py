@@ -17,6 +17,7 @@ from fusion_lens.commands.exporting import export, import_vectors
 from fusion_lens.commands.features import features
 from fusion_lens.commands.questions import questions
 from fusion_lens.commands.running import compare, report, run
+from fusion_lens.commands.suggesting import suggest
 from fusion_lens.commands.tuning import generate, tune
 from fusion_lens.errors import FusionLensError
 
@@ -25,7 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prompt-specific activation steering at every layer: record, inject, tune, evaluate.",
 )
-for command in (run, report, compare, tune, generate, features, questions, compare_methods, export):
+for command in (
+    *(run, report, compare, tune, suggest, generate, features, questions),
+    *(compare_methods, export),
+):
     app.command()(command)
 app.command("import")(import_vectors)
 

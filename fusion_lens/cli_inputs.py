@@ -111,6 +111,18 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def decimals(name: str, text: str) -> tuple[float, ...]:
+    """A list such as 0.25,0.5,1.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    number = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+    if not re.fullmatch(f"{number}(,{number})*", text):
+        raise ConfigError(f"{name} must be numbers as 0.25,0.5,1, but got {text!r}.")
+    return tuple(float(part) for part in text.split(","))
+
+
 def open_model(recipe: Recipe) -> HookedModel:
     """The model of a recipe."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)

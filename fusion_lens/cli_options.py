@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -193,6 +194,31 @@ def settings_of(
         replace(base, experiment=replace(base.experiment, tuning=tuned)),
         perplexity_model=perplexity_model,
     )
+
+
+def sources_of(
+    start: Annotated[
+        Path | None, typer.Option(help="A preset of suggest, whose coefficients are tried first.")
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a finished run of other questions: what was best for the most similar "
+            "of them is tried first."
+        ),
+    ] = None,
+    gradient_start: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-start",
+            help="Try first what raises the answer's log-probability most steeply.",
+        ),
+    ] = False,
+) -> Any:
+    """The options of where searches start, as the sources they name."""
+    from fusion_lens.start_sources import StartSources
+
+    return StartSources(start, start_from, gradient_start)
 
 
 def given(config: T, **options: Any) -> T:

@@ -92,6 +92,7 @@ def run(
         ConfigError: if there is no question, two share an id, the metrics are the published ones
             and there is no `fluency`, or the gated arm has no gate that fits.
         PlanError: if the model has fewer layers than segments.
+        SearchError: if a search would start outside the range it searches.
         InputFileError: if the unrelated text cannot be read or is too short.
         OutputError: if `out` cannot be written, or holds what must not be replaced.
         ResumeError: if the run in `out` is another one.

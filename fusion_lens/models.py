@@ -406,6 +406,20 @@ def evaluating(model: HookedModel) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def differentiating(model: HookedModel) -> Iterator[None]:
+    """As `evaluating`, with gradients, of which none reaches the model's own parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 @dataclass(slots=True)
 class KeyValues:
     """The key-value cache of one running batch: the wrapper's own object behind one name."""

@@ -7,6 +7,7 @@
 | What was read, and where is it written to? | `plot_tokens` |
 | Which tokens did steering make likelier? | `plot_token_shifts` |
 | Where in the network does the answer appear? | `plot_logit_lens` |
+| Which segments, how strongly, do something on this model? | `plot_suggestion` |
 | What was each coefficient worth, and which mattered? | `plot_search`, `plot_importance`, `plot_front` |
 | Which features does a plan move, where, at which tokens, and do they do the work? | `plot_top_features`, `plot_layer_features`, `plot_token_features`, `plot_faithfulness` |
 | Which units does a method keep, and how much of a step does each token get? | `plot_units`, `plot_gate` |
@@ -32,6 +33,7 @@ from fusion_lens.run_plots import plot_differences as plot_differences
 from fusion_lens.run_plots import plot_reach as plot_reach
 from fusion_lens.run_plots import plot_scores as plot_scores
 from fusion_lens.run_plots import run_figures as run_figures
+from fusion_lens.suggestion_plots import plot_suggestion as plot_suggestion
 from fusion_lens.token_plots import plot_logit_lens as plot_logit_lens
 from fusion_lens.token_plots import plot_token_shifts as plot_token_shifts
 from fusion_lens.token_plots import plot_tokens as plot_tokens

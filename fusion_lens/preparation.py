@@ -30,6 +30,7 @@ from fusion_lens.prompts import (
 )
 from fusion_lens.questions import Question
 from fusion_lens.search import SearchConfig
+from fusion_lens.starts import Starts
 
 METRICS = ("completion", "published")
 
@@ -41,7 +42,8 @@ class TuningConfig:
     `explanation_tokens` bounds the model's own explanation of the gold answer;
     `explanation_marker`, where the model writes one, is the text its explanation follows.
     `metrics="published"` takes overlap and perplexity of prompt and completion as one text, as the
-    paper does, and needs a perplexity model.
+    paper does, and needs a perplexity model. `starts` are tried first by every search for
+    coefficients of deltas.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -53,6 +55,7 @@ class TuningConfig:
     explanation_tokens: int = 48
     explanation_marker: str | None = None
     metrics: str = "completion"
+    starts: Starts = field(default_factory=Starts)
 
     def __post_init__(self) -> None:
         one_of("mean", self.mean, MEANS)
@@ -61,6 +64,11 @@ class TuningConfig:
         if self.explanation_tokens < 0:
             raise ConfigError(
                 f"explanation_tokens must be 0 or above, but got {self.explanation_tokens}."
+            )
+        if self.starts.lengths and self.mean != "question":
+            raise ConfigError(
+                "starts along a gradient need a constant shift, mean='question', but got "
+                f"mean={self.mean!r}; leave them out."
             )
 
 

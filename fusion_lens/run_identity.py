@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -41,6 +42,11 @@ def settings_of(config: ExperimentConfig, unrelated: str | None) -> dict[str, An
     settings = asdict(config)
     sampler = config.tuning.search.sampler
     settings["tuning"]["search"]["sampler"] = getattr(sampler, "__qualname__", "TPE")
+    starts = settings["tuning"].pop("starts")
+    if any(starts.values()):
+        # thousands of questions may have starts of their own: held by a digest
+        own = json.dumps(starts.pop("own")).encode()
+        settings["tuning"]["starts"] = {"own_sha256": hashlib.sha256(own).hexdigest(), **starts}
     # a storage URL may hold a password
     settings["storage"] = config.storage is not None
     settings["unrelated"] = None if config.unrelated is None else config.unrelated.name

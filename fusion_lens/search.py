@@ -2,7 +2,8 @@
 
 Trials are asked in rounds: `Search.ask` gives the coefficients of one round, `Search.tell` takes
 their outcomes in the order asked, and many searches can share one batch of generation between the
-two. The zero plan is trial 1 of the n unless told otherwise. Objectives arrive rounded
+two. The zero plan is trial 1 of the n unless told otherwise, and after it come the coefficients
+that a search is told to start from. Objectives arrive rounded
 (`scores.objective`), because ties are the rule and 1e-7 of noise on a tie changes what TPE proposes
 next.
 
@@ -28,6 +29,8 @@ PARAMETRISATIONS = ("coeff", "alpha_gamma")
 OBJECTIVES = ("weighted", "pareto")
 
 _SHOWN = 8
+_PART = (0.01, 1.0)
+"""The range of alpha and of gamma."""
 Coeffs = dict[str, float]
 Values = dict[str, float | int]
 
@@ -93,6 +96,13 @@ class SearchConfig:
             raise ConfigError(f"0 <= weight <= 1 must hold, but got {self.weight=}.")
         one_of("parametrisation", self.parametrisation, PARAMETRISATIONS)
         one_of("objectives", self.objectives, OBJECTIVES)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest coefficient that can be drawn."""
+        if self.parametrisation == "coeff":
+            return self.low, self.high
+        return _PART[0] ** 2, _PART[1] ** 2
 
 
 @runtime_checkable
@@ -225,7 +235,13 @@ class Search(Generic[T]):
     to be sought.
 
     `norm` tells the injected norm of what is asked: ties go to the smaller one, then to the earlier
-    trial.
+    trial. `starts` are coefficients that are tried first, in their order, behind the zero plan and
+    within the number of trials; what else is sought is then at its highest. One that is zero, or
+    was there before, is left out.
+
+    Raises:
+        SearchError: if nothing is sought, two things have one name, or a start lacks a segment,
+            names another, or lies outside the range that is searched.
     """
 
     def __init__(
@@ -234,6 +250,7 @@ class Search(Generic[T]):
         config: SearchConfig,
         norm: Callable[[Values], float],
         extra: Sequence[Parameter] = (),
+        starts: Sequence[Mapping[str, float]] = (),
     ) -> None:
         if not segments:
             raise SearchError("a search must have at least one segment, but got none.")
@@ -243,6 +260,7 @@ class Search(Generic[T]):
         self._segments = tuple(segments)
         self._extra = tuple(extra)
         self._config = config
+        self._starts = checked_starts(starts, segments, config)
         self._norm = norm
         self._trials: list[Trial[T]] = []
         self._asked: list[_Asked] = []
@@ -276,8 +294,13 @@ class Search(Generic[T]):
             raise SearchError("a round must be told before the next is asked; call tell first.")
         left = 0 if self.done else self._config.trials - len(self._trials)
         for _ in range(min(self._config.round_size, left)):
-            first = self._config.zero_first and not self._trials and not self._asked
-            self._asked.append(self._zero() if first else self._draw())
+            place = len(self._trials) + len(self._asked) - self._config.zero_first
+            if place < 0:
+                self._asked.append(self._zero())
+            elif place < len(self._starts):
+                self._asked.append(self._start(self._starts[place]))
+            else:
+                self._asked.append(self._draw())
         return [asked.coeffs | asked.extra for asked in self._asked]
 
     def tell(self, outcomes: Sequence[T]) -> None:
@@ -331,6 +354,17 @@ class Search(Generic[T]):
             return self._draw()
         return _Asked(None, zero, extra)
 
+    def _start(self, coeffs: Coeffs) -> _Asked:
+        params = dict(coeffs)
+        if self._config.parametrisation == "alpha_gamma":
+            params = {
+                f"{name}.{part}": math.sqrt(coeff)
+                for name, coeff in coeffs.items()
+                for part in ("alpha", "gamma")
+            }
+        self._study.enqueue_trial(params | {each.name: each.high for each in self._extra})
+        return self._draw()
+
     def _draw(self) -> _Asked:
         trial = self._study.ask()
         coeffs = self._draw_coeffs(trial)
@@ -342,8 +376,8 @@ class Search(Generic[T]):
             return {name: trial.suggest_float(name, low, high) for name in self._segments}
         pairs = {
             name: (
-                trial.suggest_float(f"{name}.alpha", 0.01, 1.0),
-                trial.suggest_float(f"{name}.gamma", 0.01, 1.0),
+                trial.suggest_float(f"{name}.alpha", *_PART),
+                trial.suggest_float(f"{name}.gamma", *_PART),
             )
             for name in self._segments
         }
@@ -359,6 +393,36 @@ class Search(Generic[T]):
             if not isinstance(sampler, optuna.samplers.GridSampler):
                 raise
             self._exhausted = sampler.is_exhausted(self._study)
+
+
+def checked_starts(
+    starts: Sequence[Mapping[str, float]], segments: Sequence[str], config: SearchConfig
+) -> tuple[Coeffs, ...]:
+    """Those that are not zero, each once, in the order of the segments.
+
+    Raises:
+        SearchError: if one lacks a segment, names another, or lies outside the range that is
+            searched.
+    """
+    low, high = config.bounds
+    found: dict[tuple[float, ...], Coeffs] = {}
+    for start in starts:
+        if start.keys() != {*segments}:
+            raise SearchError(
+                f"a start must have a coefficient for each of {', '.join(segments)} and no other, "
+                f"but has those of {', '.join(start) or 'none'}."
+            )
+        if not any(start.values()):
+            continue
+        for name, coeff in start.items():
+            if not low <= coeff <= high:
+                raise SearchError(
+                    f"a start must lie in [{low:g}, {high:g}], the range that is searched, but got "
+                    f"{coeff:g} for {name!r}; leave the start out, or search another range."
+                )
+        made = {name: float(start[name]) for name in segments}
+        found.setdefault(tuple(made.values()), made)
+    return tuple(found.values())
 
 
 def export_study(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 
 from jaxtyping import Int
 from torch import Tensor
@@ -19,6 +20,7 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import one_of
 from fusion_lens.generation import generate
 from fusion_lens.graders import Graded
+from fusion_lens.gradient_starts import along_gradient, answer_gradient
 from fusion_lens.models import HookedModel
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plans import Gate, Plan, Segment, even_segments, full, make_plan, per_layer, thirds
@@ -26,8 +28,18 @@ from fusion_lens.preparation import Prepared, TuningConfig, prepare_one, seed_of
 from fusion_lens.progress import Progress, shown
 from fusion_lens.questions import Question
 from fusion_lens.scoring import Scorer
-from fusion_lens.search import Parameter, Search, SearchConfig, Tuned, export_study
+from fusion_lens.search import (
+    Coeffs,
+    Parameter,
+    Search,
+    SearchConfig,
+    Tuned,
+    checked_starts,
+    export_study,
+)
+from fusion_lens.starts import in_segments
 from fusion_lens.tables import Section, Shows
+from fusion_lens.teacher_forcing import gold_text
 from fusion_lens.units import unit_mask
 
 
@@ -57,6 +69,20 @@ class Job:
     def search(self, config: TuningConfig) -> SearchConfig:
         """How it is sought: as the config says."""
         return config.search
+
+    def starts(self, model: HookedModel, config: TuningConfig) -> list[Coeffs]:
+        """What is tried first: what the config has for the question, and along the gradient."""
+        given = config.starts
+        named = [
+            [in_segments(start, self.segments) for start in starts]
+            for starts in (given.of(self.prepared.question.id), given.shared)
+        ]
+        if given.lengths:
+            plan = self.plan({segment.name: 1.0 for segment in self.segments}, config)
+            gradient = answer_gradient(model, gold_text(model, self.prepared, plan))
+            bounds = self.search(config).bounds
+            named.append(along_gradient(gradient, self.segments, given.lengths, bounds))
+        return [start for ranked in zip_longest(*named) for start in ranked if start is not None]
 
     def plan(self, values: Mapping[str, float | int], config: TuningConfig) -> Plan:
         """The plan of one trial; without a "k", of all units that are ranked."""
@@ -102,6 +128,10 @@ class MethodJob:
     def search(self, config: TuningConfig) -> SearchConfig:
         """How it is sought: as the config says, in the method's own range."""
         return replace(config.search, low=self.low, high=self.high, parametrisation="coeff")
+
+    def starts(self, model: HookedModel, config: TuningConfig) -> list[Coeffs]:
+        """None: those of a config are for coefficients of deltas."""
+        return []
 
     def plan(self, values: Mapping[str, float | int], config: TuningConfig) -> Plan:
         """The plan of one trial; what `values` lack beside the strength is at its highest."""
@@ -159,7 +189,7 @@ def tune_jobs(
 
     A search that was interrupted before its first round has no result and is left out.
     """
-    searches: list[Search[Graded]] = [_search(job, config) for job in jobs]
+    searches: list[Search[Graded]] = [_search(model, job, config) for job in jobs]
     seconds = [0.0] * len(jobs)
     score = score or Scorer(model, config, log=log)
     total = len(jobs) * config.search.trials
@@ -216,6 +246,7 @@ def tune(
         QuestionError: if question or answer is empty.
         SpanError: if the answer is not found in the reference's tokens.
         ContextLengthError: if a text exceeds the context.
+        SearchError: if it would start outside the range that is searched.
         KeyboardInterrupt: if interrupted before the first round ended.
     """
     config = config or TuningConfig()
@@ -260,6 +291,18 @@ def export_tuned(tuned: TunedPlan, storage: str, name: str, *, run: str = "") ->
     )
 
 
+def check_starts(config: TuningConfig, segments: Sequence[Segment]) -> None:
+    """Make sure that searches over these segments can start where the config says.
+
+    Raises:
+        ConfigError: if the starts are of fewer layers than the segments.
+        SearchError: if one lies outside the range that is searched.
+    """
+    given = [*config.starts.shared, *(start for _, own in config.starts.own for start in own)]
+    starts = [in_segments(start, segments) for start in given]
+    checked_starts(starts, [segment.name for segment in segments], config.search)
+
+
 def make_segments(segments: str | int | Sequence[Segment], n_layers: int) -> tuple[Segment, ...]:
     """`"full"`, `"thirds"`, `"layers"`, a number of even segments, or segments as they are.
 
@@ -279,7 +322,7 @@ def _show(progress: Progress, before: int, total: int, done: int) -> None:
     progress("trials", before + done, total)
 
 
-def _search(job: AnyJob, config: TuningConfig) -> Search[Graded]:
+def _search(model: HookedModel, job: AnyJob, config: TuningConfig) -> Search[Graded]:
     return Search(
         [segment.name for segment in job.segments],
         replace(
@@ -289,6 +332,7 @@ def _search(job: AnyJob, config: TuningConfig) -> Search[Graded]:
         ),
         lambda values: job.plan(values, config).injected_norm,
         job.extra,
+        job.starts(model, config),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from fusion_lens.activations import padded_length
-from fusion_lens.arms import Bench, Chosen, choose, most_rows, prefix_of_question
+from fusion_lens.arms import TUNED, Bench, Chosen, choose, most_rows, prefix_of_question
 from fusion_lens.details import Detail
 from fusion_lens.divergence import n_counted, pieces_of
 from fusion_lens.engine_log import EngineLog
@@ -36,7 +36,7 @@ from fusion_lens.results import running_versions
 from fusion_lens.scoring import Scorer, judge_item
 from fusion_lens.tracing import Explain, details_of
 from fusion_lens.transfer import Reach, measure
-from fusion_lens.tuning import make_segments
+from fusion_lens.tuning import check_starts, make_segments
 
 Pair = tuple[str, str]
 """The id of a question, and an arm."""
@@ -178,6 +178,7 @@ class Worker:
         Raises:
             ConfigError: if the metrics are the published ones and nothing measures perplexity.
             PlanError: if the model has fewer layers than segments.
+            SearchError: if a search would start outside the range it searches.
             InputFileError: if the unrelated text is too short.
         """
         config = setup.config
@@ -198,6 +199,8 @@ class Worker:
         self._unrelated: list[Prompt] = []
         if config.reach and setup.unrelated is not None:
             self._unrelated = pieces_of(self.model, *setup.unrelated)
+        for arm in config.tuned_arms:
+            check_starts(config.tuning, self._segments[TUNED[arm].segments])
         # refuses published metrics that nothing measures
         Scorer(self.model, config.tuning, fluency=self._fluency)
 

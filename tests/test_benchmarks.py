@@ -15,6 +15,7 @@ from conftest import strong_plan
 from fusion_lens.atlas import CONTRASTS, QUESTIONS
 from fusion_lens.contrasts import KINDS, load_contrasts, of_kind, require_parts
 from fusion_lens.decoding import GenerationConfig
+from fusion_lens.experiment import run
 from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.fronts import kept_at
 from fusion_lens.method_bench import compare_methods
@@ -294,3 +295,55 @@ def test_the_tables_of_drift_are_those_of_its_file(script) -> None:
     table = drift.markdown(json.loads((FOLDER / "drift.json").read_text("utf-8"))).strip()
     for page in (FOLDER / "README.md", FOLDER.parent / "docs" / "families.md"):
         assert table in page.read_text("utf-8")
+
+
+def test_trials_to_a_share_of_the_best_are_counted_by_hand(script) -> None:
+    starts = script("starts")
+
+    def course(start: str, seed: int, name: str, *objectives: float) -> object:
+        return starts.Course(start, seed, name, name, objectives, float(objectives[-1] > 0.5))
+
+    courses = [
+        course("no start", 0, "a", 0.1, 0.2, 1.1),
+        course("no start", 0, "b", 0.0, 0.005, 0.0),
+        course("no start", 0, "c", -0.2, -0.2, -0.1),
+        course("preset", 0, "a", 0.1, 1.05, 0.0),
+        course("preset", 0, "b", 0.0, 0.0, 0.0),
+        course("preset", 0, "c", -0.2, 0.0, 0.0),
+    ]
+    # 0.1 + 0.95 * 1.0 and -0.2 + 0.95 * 0.2; the second question gains too little
+    assert starts.targets(courses) == pytest.approx({"a": 1.05, "c": -0.01})
+    found = starts.compared(courses)
+    assert (found["questions"], found["without_gain"], found["budget"]) == (3, 1, 3)
+    plain, preset = found["starts"]["no start"], found["starts"]["preset"]
+    # the third trial and never, against the second of each
+    assert (plain["trials"]["mean"], preset["trials"]["mean"]) == (3.5, 2.0)
+    assert preset["trials_gain"]["mean"] == -1.5
+    assert (plain["reached"]["mean"], preset["reached"]["mean"]) == (0.5, 1.0)
+    assert preset["objective_gain"]["mean"] == pytest.approx((1.05 - 1.1 - 0.005 + 0.1) / 3)
+    assert "| preset | 2.0 | -1.5 [" in starts.markdown(found)
+
+
+def test_searches_of_a_benchmark_start_where_they_should(
+    script, atlas, tmp_path, monkeypatch
+) -> None:
+    starts = script("starts")
+    monkeypatch.setattr(starts, "SWEPT", 2)
+    questions = load_questions(QUESTIONS)
+    dev, asked = (
+        [question for question in questions if question.split == split][:2]
+        for split in ("dev", "test")
+    )
+    tuning = TuningConfig(search=SearchConfig(trials=2))
+    config = ExperimentConfig(arms=("segmented",), tuning=tuning, reach=False)
+    run(atlas, dev, config, out=tmp_path, progress=False)
+    named = starts.starts_of(atlas, dev, asked[:1], tmp_path, 0)
+    assert list(named) == ["no start", "preset", "similar questions", "gradient", "all three"]
+    both = named["all three"]
+    assert both.shared == named["preset"].shared
+    assert both.own == named["similar questions"].own
+    assert both.lengths == named["gradient"].lengths == (0.5, 0.75, 1.0)
+    monkeypatch.setattr(starts, "starts_of", lambda *_: named)
+    courses, seconds = starts.searched(atlas, dev, asked[:1], tmp_path, seeds=1, trials=2)
+    assert [each.start for each in courses] == list(named) == list(seconds)
+    assert {len(each.objectives) for each in courses} == {2}

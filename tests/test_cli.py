@@ -22,6 +22,7 @@ from fusion_lens.gguf_files import load_gguf
 from fusion_lens.models import identify, load_model
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import Plan
+from fusion_lens.preset_files import load_preset
 from fusion_lens.results import load_results
 from fusion_lens.vector_files import save_vectors
 from fusion_lens.vectors import Vectors
@@ -668,3 +669,65 @@ def test_a_gated_run_without_another_split_is_refused(command, questions, tmp_pa
     )
     assert code == 1
     assert "a gate must be fitted on questions" in err
+
+
+def test_a_preset_of_dev_questions_is_where_tune_and_run_start(command, tmp_path) -> None:
+    preset, picture = tmp_path / "preset.json", tmp_path / "suggest.html"
+    few = ("--explanation-tokens", 8, "--max-new-tokens", 24)
+    swept = ("suggest", "--limit", 2, "--strengths", "1", "--out", preset)
+    code, out, _ = command(*swept, "--picture", picture, *few)
+    assert code == 0
+    assert "the best of 4 cells on 2 questions of atlas" in out
+    assert "preset for atlas, of 2 questions" in out
+    assert f"preset saved to {preset}\npicture written to {picture}" in out
+    assert "plotly" in picture.read_text()
+    made = load_preset(preset)
+    assert made.starts == ((1.0, 0.0, 0.0),)
+    assert len(made.questions) == 2
+    asked = ("--limit", 1, "--trials", 2, "--arms", "segmented", "--no-reach", *few)
+    done = tmp_path / "done"
+    code, _, err = command("run", *asked, "--start", preset, "--dictionary", "none", "--out", done)
+    assert code == 0, err
+    settings = load_results(done).summary["provenance"]["settings"]
+    assert settings["tuning"]["starts"]["shared"] == [
+        [coeff for coeff in start for _ in range(2)] for start in made.starts
+    ]
+    code, _, err = command("run", *asked, "--split", "dev", "--limit", 150, "--start", preset)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "a preset must be of other questions than those that start from it, but got 2" in err
+    # from that run, along the gradient, and from both
+    question = ("tune", "When was Bren Aldack born?", "--answer", "14 March 1872", *few)
+    plan = ("--trials", 3, "--out", tmp_path / "plan.safetensors")
+    code, out, err = command(
+        *question, *plan, "--start", preset, "--start-from", done, "--gradient-start"
+    )
+    assert code == 0, err
+    assert "of 3)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("suggest", "--limit", 0), "limit must be at least 1, but got 0"),
+        (("suggest", "--strengths", "1,x"), "strengths must be numbers as 0.25,0.5,1, but got"),
+        (("suggest", "--picture", "a.png"), "a picture must be an .html file, but got 'a.png'"),
+        (("suggest", "--split", "none"), "at least one question must be left"),
+        (("tune", "Who?", "--answer", "x", "--start", "nowhere.json"), "nowhere.json: must be"),
+        (("tune", "Who?", "--answer", "x", "--start-from", "nowhere"), "nowhere: must hold the"),
+        (
+            (
+                *("tune", "Who?", "--answer", "x", "--protocol", "paper", "--gradient-start"),
+                *("--perplexity-model", "atlas"),
+            ),
+            "starts along a gradient need a constant shift",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_had_is_one_line(
+    command, tmp_path, monkeypatch, arguments, says
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert (code, out) == (1, "")
+    assert says in err
+    assert err.count("\n") == 1

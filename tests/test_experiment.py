@@ -40,6 +40,7 @@ from fusion_lens.questions import Question, load_questions, select_questions
 from fusion_lens.results import load_records, load_results, plan_path
 from fusion_lens.run_folder import RunFolder
 from fusion_lens.search import SearchConfig
+from fusion_lens.starts import Starts
 
 QUICK = TuningConfig(
     search=SearchConfig(trials=6, round_size=3, high=6.0),
@@ -694,3 +695,38 @@ def test_alone_in_its_file_a_question_has_no_mask(tiny) -> None:
     results = run(tiny, QUESTIONS[:2], config)
     assert [r.arm for r in results.records] == ["segmented"] * 2
     assert results.summary["arms"]["masked"]["unscored"] == 2
+
+
+def test_what_a_run_starts_from_is_part_of_what_it_is(tiny, finished, tmp_path) -> None:
+    plain, folder = finished
+    # nothing is said where nothing is asked for
+    assert "starts" not in plain.summary["provenance"]["settings"]["tuning"]
+    own = (("a", ((0.5, 0.5, 0.25, 1.0),)),)
+    starts = Starts(own=own, shared=((1.0, 1.0, 0.0, 0.0),))
+    config = ExperimentConfig(arms=THREE, tuning=replace(QUICK, starts=starts))
+    results = run(tiny, QUESTIONS[:1], config, out=tmp_path / "run", pool=QUESTIONS)
+    told = results.summary["provenance"]["settings"]["tuning"]["starts"]
+    assert (told["shared"], told["lengths"]) == (((1.0, 1.0, 0.0, 0.0),), ())
+    again = {"out": tmp_path / "run", "pool": QUESTIONS, "existing": "resume"}
+    assert run(tiny, QUESTIONS[:1], config, **again).summary["resumed"] == 3
+    for other, says in (
+        (replace(starts, shared=()), r"tuning\.starts\.shared was \[\[1\.0"),
+        (replace(starts, own=()), r"tuning\.starts\.own_sha256 was"),
+        (replace(starts, lengths=(0.5,)), r"tuning\.starts\.lengths was \[\] and is \[0\.5\]"),
+        (Starts(), r"tuning\.starts\.shared was"),
+    ):
+        changed = replace(config, tuning=replace(QUICK, starts=other))
+        with pytest.raises(ResumeError, match=says):
+            run(tiny, QUESTIONS[:1], changed, **again)
+    with pytest.raises(ResumeError, match=r"tuning\.starts\.shared was None"):
+        run(tiny, QUESTIONS, config, out=folder, existing="resume")
+
+
+def test_a_run_that_would_start_outside_its_range_is_refused_before_it_begins(tiny) -> None:
+    # the arm of all layers starts inside it, the last segment does not
+    starts = Starts(shared=((0.0, 0.0, 0.0, 9.0),))
+    config = ExperimentConfig(arms=("full",), tuning=replace(QUICK, starts=starts), reach=False)
+    assert run(tiny, QUESTIONS[:1], config).summary["failures"] == []
+    config = replace(config, arms=("full", "unembed"))
+    with pytest.raises(SearchError, match=r"a start must lie in \[0, 6\], .* 9 for 'late'"):
+        run(tiny, QUESTIONS[:1], config)

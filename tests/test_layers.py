@@ -20,13 +20,16 @@ LAYERS = (
         *{"values", "published", "hub", "judge_cache", "tensor_files"},
         *{"pictures", "tables", "record_files", "segments", "gguf_headers", "quantisation"},
     },
-    {"scores", "question_layouts"},
+    {"scores", "question_layouts", "starts"},
     {"claims"},
     {"golds"},
     {"questions", "contrasts", "models", "llama", "judges"},
-    {"messages", "lean", "engine_log", "judge_prompts", "dictionaries", "gatherer"},
+    {"messages", "lean", "engine_log", "judge_prompts", "dictionaries", "gatherer", "presets"},
     {"prompts"},
-    {"llm_judge", "sae_configs", "crosscoders", "sparse_coding", "feature_labels"},
+    {
+        *{"llm_judge", "sae_configs", "crosscoders", "sparse_coding", "feature_labels"},
+        *{"preset_files"},
+    },
     {"executors", "sae_files", "crosscoder_files"},
     {"activations", "saes"},
     {"deltas"},
@@ -41,12 +44,13 @@ LAYERS = (
     {"preparation", "statistics", "replies"},
     {"report", "fronts", "summary_layout"},
     {"results"},
-    {"run_folder"},
-    {"scoring"},
-    {"tuning", "teacher_forcing"},
+    {"run_folder", "similar_starts"},
+    {"scoring", "teacher_forcing"},
+    {"gradient_starts"},
+    {"tuning", "start_sources"},
     {
         *{"lenders", "summary", "attribution", "logit_lens", "panel"},
-        *{"site_activations", "contrast_texts", "gate_values"},
+        *{"site_activations", "contrast_texts", "gate_values", "suggestions"},
     },
     {"methods.checks"},
     {
@@ -64,7 +68,7 @@ LAYERS = (
     {"judged_results", "run_identity", "run_memory", "ray_jobs"},
     {
         *{"experiment", "delta_plots", "tuning_plots", "token_plots", "feature_plots"},
-        *{"report_data", "method_plots", "front_plots"},
+        *{"report_data", "method_plots", "front_plots", "suggestion_plots"},
     },
     {"run_plots"},
     {"plots"},
@@ -74,7 +78,7 @@ LAYERS = (
     {
         *{"commands", "commands.running", "commands.tuning", "commands.features"},
         *{"commands.questions", "commands.comparing", "commands.exporting"},
-        "inspect_tasks",
+        *{"commands.suggesting", "inspect_tasks"},
     },
     {"cli"},
 )
@@ -117,7 +121,7 @@ DOORS = {
     "pandas": {"results"},
     "plotly": {
         *{"pictures", "run_plots", "feature_plots", "delta_plots", "tuning_plots", "token_plots"},
-        *{"report_page", "method_plots", "front_plots"},
+        *{"report_page", "method_plots", "front_plots", "suggestion_plots"},
     },
     "jinja2": {"report_page"},
     "rich": {"tables", "results"},
@@ -126,6 +130,7 @@ DOORS = {
     "typer": {
         *{"cli", "cli_options", "commands.running", "commands.tuning", "commands.features"},
         *{"commands.questions", "commands.comparing", "commands.exporting"},
+        *{"commands.suggesting"},
     },
     "gguf": {"gguf_files"},
     "inspect_ai": {"llm_judge", "inspect_models", "inspect_tasks"},

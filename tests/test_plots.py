@@ -25,6 +25,7 @@ from records import (
 )
 from test_attribution import linear
 from test_front_plots import bench_of, curve_of
+from test_suggestion_plots import swept
 
 import fusion_lens.plots as plots
 from fusion_lens.attribution import Attribution, effects_between
@@ -51,6 +52,7 @@ from fusion_lens.plots import (
     plot_reach,
     plot_scores,
     plot_search,
+    plot_suggestion,
     plot_token_features,
     plot_token_shifts,
     plot_tokens,
@@ -164,6 +166,7 @@ MAKERS: dict[str, Make] = {
     "search": lambda names: plot_search(search(names)),
     "front": lambda names: plot_front(search(names)),
     "importance": lambda names: plot_importance(search(names)),
+    "suggestion": lambda names: plot_suggestion(swept(names)),
     "tokens": lambda names: plot_tokens(Marked(names, (0,)), Marked(names[::-1], (1,))),
     "token_shifts": lambda names: plot_token_shifts([trace(names, name) for name in names]),
     "logit_lens": lambda names: plot_logit_lens([lens(names, 1.0)], [lens(names, 0.0)]),

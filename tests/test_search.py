@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import hypot
@@ -78,6 +78,107 @@ def test_the_zero_plan_is_trial_1_and_one_of_the_n(options: dict[str, object]) -
     assert search.trials[0].coeffs == {"early": 0.0, "late": 0.0}
     assert search.trials[0].injected_norm == 0.0
     assert all(any(coeffs.values()) for coeffs in coeffs_of(search)[1:])
+
+
+A, B = {"early": 0.5, "late": 1.5}, {"late": 0.25, "early": 0.0}
+
+
+def started(
+    *starts: Mapping[str, float], extra: Sequence[Parameter] = (), **options: Any
+) -> Tuned[Toy]:
+    """A search that has somewhere to start from."""
+    config = SearchConfig(**options)
+    search: Search[Toy] = Search(SEGMENTS, config, lambda _: 1.0, extra, starts)
+    while not search.done:
+        search.tell([bowl(values) for values in search.ask()])
+    return search.result()
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_first": False}, {"round_size": 1}], ids=str)
+def test_starts_are_the_first_trials_behind_the_zero_plan(options: dict[str, Any]) -> None:
+    search = started(A, B, trials=6, **options)
+    first = 0 if options.get("zero_first") is False else 1
+    assert coeffs_of(search)[first : first + 2] == [A, B]
+    assert [trial.number for trial in search.trials] == [1, 2, 3, 4, 5, 6]
+    assert list(search.trials[first + 1].coeffs) == ["early", "late"]
+    assert search.study.trials[first].params == A
+    assert len(search.study.trials) == 6
+
+
+def test_a_zero_start_and_one_that_was_there_are_left_out() -> None:
+    zero = {"early": 0.0, "late": 0.0}
+    search = started(A, zero, dict(A), B, trials=6)
+    assert coeffs_of(search)[:3] == [zero, A, B]
+    assert coeffs_of(search).count(A) == 1
+
+
+def test_starts_beyond_the_number_of_trials_are_not_tried() -> None:
+    search = started(A, B, trials=2)
+    assert coeffs_of(search)[1:] == [A]
+
+
+def test_starts_take_nothing_from_the_sampler() -> None:
+    plain = tuned(trials=6, sampler=random_sampler)
+    search = started(A, B, trials=8, sampler=random_sampler)
+    assert coeffs_of(search)[3:] == coeffs_of(plain)[1:]
+
+
+def test_the_sampler_is_told_what_starts_came_to() -> None:
+    study = started(A, B, trials=12).study
+    told = [(trial.params, trial.value) for trial in study.trials[1:3]]
+    assert told == [(A, bowl(A).objective), (B, bowl(B).objective)]
+    # the sampler's eleventh trial is the first that it does not draw at random
+    assert study.trials[10].params != started(trials=12).study.trials[10].params
+
+
+def test_a_start_is_a_pair_of_equal_parts_where_pairs_are_drawn() -> None:
+    start = {"early": 0.25, "late": 0.0001}
+    search = started(start, trials=3, parametrisation="alpha_gamma")
+    assert search.trials[1].params == {
+        "early.alpha": 0.5,
+        "early.gamma": 0.5,
+        "late.alpha": 0.01,
+        "late.gamma": 0.01,
+    }
+    assert search.trials[1].coeffs == pytest.approx(start)
+
+
+def test_what_else_is_sought_is_at_its_highest_at_a_start() -> None:
+    search = started(A, extra=[Parameter("k", 1, 64, log=True, whole=True)], trials=3)
+    assert search.trials[1].values == A | {"k": 64}
+
+
+def test_a_grid_goes_on_behind_the_starts() -> None:
+    grid = {"early": [0.0, 1.0], "late": [0.5, 1.0]}
+    search = started(
+        A, trials=9, round_size=2, sampler=lambda seed: optuna.samplers.GridSampler(grid, seed)
+    )
+    assert coeffs_of(search)[1] == A
+    points = {tuple(coeffs.values()) for coeffs in coeffs_of(search)[2:]}
+    assert points == {*product([0.0, 1.0], [0.5, 1.0])}
+
+
+@pytest.mark.parametrize(
+    ("start", "options", "says"),
+    [
+        (
+            A | {"late": 1.75},
+            {},
+            r"must lie in \[0, 1.5\], the range that is searched, but got 1.75 for 'late'; leave",
+        ),
+        (A | {"late": math.nan}, {}, "but got nan for 'late'"),
+        (B, {"parametrisation": "alpha_gamma"}, r"in \[0.0001, 1\], .* but got 0 for 'early'"),
+        (B, {"low": 0.2}, r"in \[0.2, 1.5\], .* but got 0 for 'early'"),
+        ({"early": 0.5}, {}, "for each of early, late and no other, but has those of early"),
+        ({**A, "full": 0.5}, {}, "but has those of early, late, full"),
+        ({}, {}, "but has those of none"),
+    ],
+)
+def test_a_start_that_cannot_be_sought_is_refused(
+    start: Coeffs, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(SearchError, match=says):
+        Search(SEGMENTS, SearchConfig(**options), norm, (), [start])
 
 
 def test_coefficients_are_drawn_from_the_range_given() -> None:

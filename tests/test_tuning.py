@@ -13,12 +13,23 @@ import fusion_lens.tuning as tuning
 from fusion_lens.errors import (
     ConfigError,
     QuestionError,
+    SearchError,
 )
 from fusion_lens.generation import GenerationConfig, Row, generate
 from fusion_lens.plans import Plan, Segment
 from fusion_lens.preparation import TuningConfig, prepare, prepare_one
 from fusion_lens.search import Parameter, SearchConfig
-from fusion_lens.tuning import Job, MethodJob, export_tuned, make_segments, tune, tune_jobs
+from fusion_lens.starts import Starts
+from fusion_lens.tuning import (
+    Job,
+    MethodJob,
+    TunedPlan,
+    check_starts,
+    export_tuned,
+    make_segments,
+    tune,
+    tune_jobs,
+)
 
 
 def test_tuning_finds_coefficients_that_beat_the_unsteered_model(stories_folder) -> None:
@@ -63,6 +74,68 @@ def test_a_search_finds_the_same_alone_and_beside_others(tiny) -> None:
         texts = [t.outcome.completion.text for t in plan.tuned.trials]
         assert [t.outcome.completion.text for t in alone.tuned.trials] == texts
     assert len({plan.tuned.trials[1].coeffs["full"] for plan in together[::2]}) == 2
+
+
+FOUR = ((0.5, 0.5, 1.0, 0.25), (2.0, 1.0, 0.0, 0.0))
+THIRDS = [
+    {"early": 0.5, "middle": 1.0, "late": 0.25},
+    {"early": 1.5, "middle": 0.0, "late": 0.0},
+]
+"""The same in early, middle and late: two layers, one and one."""
+
+
+def tried(plan: TunedPlan) -> list[dict[str, float]]:
+    return [trial.coeffs for trial in plan.tuned.trials]
+
+
+def test_searches_start_at_the_questions_own_coefficients_and_at_those_of_all(tiny) -> None:
+    starts = Starts(own=((OTHER.id, FOUR[1:]),), shared=FOUR[:1])
+    config = replace(QUICK, starts=starts)
+    prepared, _ = prepare(tiny, [ASKED, OTHER], config)
+    parts = [make_segments(name, 4) for name in ("thirds", 2)]
+    jobs = [Job(item, own, "x") for item in prepared for own in parts]
+    red, red_halves, born, born_halves = tune_jobs(tiny, jobs, config)[0]
+    assert tried(red)[1] == THIRDS[0]
+    assert tried(born)[1:3] == THIRDS[::-1]
+    # segments of other layers take the mean of theirs
+    assert tried(red_halves)[1] == {"segment_0": 0.5, "segment_1": 0.625}
+    assert tried(born_halves)[1] == {"segment_0": 1.5, "segment_1": 0.0}
+    assert {len(plan.tuned.trials) for plan in (red, born)} == {8}
+
+
+def test_the_first_of_every_kind_of_start_comes_before_the_second_of_any(tiny) -> None:
+    starts = Starts(own=((ASKED.id, FOUR),), shared=((0.125,) * 4,), lengths=(0.5, 1.0))
+    config = replace(QUICK, starts=starts)
+    (job,) = (Job(item, make_segments("thirds", 4), "x") for item in prepare(tiny, [ASKED])[0])
+    made = job.starts(tiny, config)
+    (own, shared, first, again, second) = made
+    assert (own, again) == tuple(THIRDS)
+    assert set(shared.values()) == {0.125}
+    assert (max(first.values()), max(second.values())) == (0.5, 1.0)
+
+
+def test_starts_along_the_gradient_are_the_same_alone_and_beside_others(tiny, untouched) -> None:
+    untouched(tiny)
+    config = replace(QUICK, starts=Starts(lengths=(0.5,)))
+    prepared, _ = prepare(tiny, [ASKED, OTHER], config)
+    jobs = [Job(item, make_segments("thirds", 4), "x") for item in prepared]
+    together, _ = tune_jobs(tiny, jobs, config)
+    for job, plan in zip(jobs, together, strict=True):
+        assert tried(tune_jobs(tiny, [job], config)[0][0]) == tried(plan)
+        assert max(tried(plan)[1].values()) == 0.5
+    assert tried(together[0])[1] != tried(together[1])[1]
+
+
+def test_starts_that_no_search_could_begin_with_are_refused() -> None:
+    parts = make_segments("thirds", 4)
+    check_starts(replace(QUICK, starts=Starts(shared=FOUR)), parts)
+    for starts in (Starts(shared=((7.0,) * 4,)), Starts(own=(("a", ((7.0,) * 4,)),))):
+        with pytest.raises(SearchError, match=r"a start must lie in \[0, 6\]"):
+            check_starts(replace(QUICK, starts=starts), parts)
+    with pytest.raises(ConfigError, match="must have a coefficient for every layer, but has 3"):
+        check_starts(replace(QUICK, starts=Starts(shared=((1.0,) * 3,))), parts)
+    with pytest.raises(ConfigError, match="starts along a gradient need a constant shift"):
+        TuningConfig(mean="sequence", starts=Starts(lengths=(0.5,)))
 
 
 def test_all_trials_of_a_round_are_one_call_of_generate(tiny, monkeypatch) -> None:

@@ -26,6 +26,7 @@ from fusion_lens.cli_options import (
     given,
     recipe_of,
     settings_of,
+    sources_of,
     with_options,
 )
 from fusion_lens.errors import ConfigError, QuestionError, one_of
@@ -34,7 +35,7 @@ ENGINES = ("local", "ray")
 _GATE_QUESTIONS = 100
 
 
-@with_options(recipe=recipe_of, settings=settings_of)
+@with_options(recipe=recipe_of, settings=settings_of, sources=sources_of)
 def run(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
     resume: Annotated[
@@ -150,6 +151,7 @@ def run(
     *,
     recipe: Any,
     settings: Any,
+    sources: Any,
 ) -> int:
     """Tune and score every question under every arm; write results, plans, figures and a
     summary."""
@@ -255,6 +257,8 @@ def run(
                     f"at least one question must be failed, but of {selected.asked} that were "
                     f"asked the model is right on {selected.right} and none is selected."
                 )
+        starts = sources.starts(on.describe().model, chosen)
+        config = replace(config, tuning=replace(tuning, starts=starts))
         gate = None
         if "gated" in config.arms:
             others = held_out(available, chosen)

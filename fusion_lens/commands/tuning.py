@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,13 @@ from fusion_lens.cli_options import (
     StorageOption,
     recipe_of,
     settings_of,
+    sources_of,
     with_options,
 )
 from fusion_lens.errors import QuestionError
 
 
-@with_options(recipe=recipe_of, settings=settings_of)
+@with_options(recipe=recipe_of, settings=settings_of, sources=sources_of)
 def tune(
     question: Annotated[str, typer.Argument(help="The question, without any template.")],
     answer: Annotated[str, typer.Option(help="The gold answer.")],
@@ -35,10 +37,12 @@ def tune(
     *,
     recipe: Any,
     settings: Any,
+    sources: Any,
 ) -> int:
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
     from fusion_lens.engine_log import EngineLog
+    from fusion_lens.models import identify
     from fusion_lens.plan_files import save_plan
     from fusion_lens.progress import bars
     from fusion_lens.questions import Question
@@ -54,12 +58,13 @@ def tune(
     fluency = open_perplexity(settings.perplexity_model, recipe.device)
     opened = open_model(recipe)
     log = EngineLog()
+    starts = sources.starts(identify(opened), [asked])
     with bars() as progress:
         tuned = tune_question(
             opened,
             asked,
             segments=segments_of(segments),
-            config=settings.experiment.tuning,
+            config=replace(settings.experiment.tuning, starts=starts),
             fluency=fluency,
             progress=progress,
             log=log,

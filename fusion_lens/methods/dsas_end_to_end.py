@@ -18,8 +18,7 @@ optimiser: the defaults were chosen on Atlas (docs/method.md, docs/negative_resu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,7 +32,14 @@ from fusion_lens.errors import ActivationError, ConfigError, PlanError, one_of
 from fusion_lens.executors import Executor, executor_of
 from fusion_lens.methods.dsas import FittedGate
 from fusion_lens.methods.wasserstein import wasserstein
-from fusion_lens.models import SITES, HookedModel, ModelIdentity, Place, evaluating, identify
+from fusion_lens.models import (
+    SITES,
+    HookedModel,
+    ModelIdentity,
+    Place,
+    differentiating,
+    identify,
+)
 from fusion_lens.operators import affine, gate_value
 from fusion_lens.plans import Affine, Gate, Plan, full
 from fusion_lens.progress import Progress, shown
@@ -148,7 +154,7 @@ def train(
     generator = torch.Generator().manual_seed(config.seed)
     optimiser = torch.optim.Adam(learned.parameters, lr=config.rate)
     history = []
-    with shown(progress) as show, evaluating(model), _frozen(model), torch.enable_grad():
+    with shown(progress) as show, differentiating(model):
         for n in range(config.steps):
             drawn = _drawn(source, config.batch_size, generator)
             transport = _transport(run, learned, _Rows.of(drawn, run.device), goal)
@@ -302,19 +308,6 @@ def _behind(
 def _drawn(texts: Sequence[Text], size: int, generator: torch.Generator) -> list[Text]:
     order = torch.randperm(len(texts), generator=generator)[:size]
     return [texts[i] for i in order.tolist()]
-
-
-@contextmanager
-def _frozen(model: HookedModel) -> Iterator[None]:
-    """No gradient reaches the model's own parameters inside."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _check_texts(*sides: Sequence[Text]) -> None:

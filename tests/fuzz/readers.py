@@ -48,6 +48,8 @@ from fusion_lens.models import ModelIdentity
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import Affine, Gate, Plan, Step, even_segments, full
 from fusion_lens.preparation import Failure
+from fusion_lens.preset_files import load_preset, save_preset
+from fusion_lens.presets import Preset
 from fusion_lens.prompts import Layout
 from fusion_lens.questions import Neighbour, Question, load_questions, save_questions
 from fusion_lens.report import further_sections, markdown_report, sections
@@ -157,6 +159,10 @@ EXAMPLES = [
     Example("e1", "source", "It is red.", "Colour:", "Ada", "fit", "g", "red", "Which colour:"),
     Example("e2", "control", "It is."),
 ]
+PRESET = Preset(
+    MODEL, even_segments(3, 2), ((0.5, 0.0), (0.25, 1.0)), (0.2, 0.1), 0.7, ("d" * 64,),
+    {"python": "3.12"},
+)  # fmt: skip
 OWN_CSV = """id,question,answer,aliases,paraphrases,neighbours
 a,Who?,Ada,"[""A""]",,"[{""question"": ""Q?"", ""answer"": ""B""}]"
 b,"Who,
@@ -391,6 +397,13 @@ def _go_on(folder: Path) -> None:
     optimizer.step()
 
 
+def _preset(folder: Path) -> None:
+    preset = load_preset(folder / "preset.json")
+    preset.table().to_markdown()
+    save_preset(preset, folder / "again.json")
+    assert load_preset(folder / "again.json") == preset
+
+
 def _text(folder: Path) -> None:
     read_text(folder / "text.txt").encode()
 
@@ -503,6 +516,10 @@ READERS = (
             '{"columns": ["label", "kind", "precise", "recall"], '
             '"rows": [["red", "token", true, 0.5], [null, null, null, 0], ["b", "in", false, 1]]}',
         ),
+    ),
+    Reader(
+        "preset", "preset.json", "checked lines", _preset,
+        _tried("preset.json", lambda path: save_preset(PRESET, path)),
     ),
     Reader("replies", "cache.jsonl", "lines", _replies, _tried("cache.jsonl", _cache)),
     Reader("card", CARD, "json", lambda at: json.dumps(load_card(at)), _card),
