@@ -191,10 +191,12 @@ def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise InputFileError(path, f"{name} must be floating, but got {tensors[name].dtype}")
     require_finite(path, {name: tensors[name] for name in ("threshold",) if name in tensors})
     for name in ("code_normalization_id", "k"):
-        if name in tensors and (
-            tensors[name].is_complex() or tensors[name] != tensors[name].long()
-        ):
+        if name in tensors and not _is_whole(tensors[name].item()):
             raise InputFileError(path, f"{name} must be a whole number, but got {tensors[name]}")
+
+
+def _is_whole(number: complex | float | int) -> bool:
+    return not isinstance(number, complex) and float(number).is_integer()
 
 
 def _digest(card: str, tensors: Mapping[str, Tensor]) -> str:

@@ -278,6 +278,7 @@ def test_a_card_of_other_types_is_refused_also_with_a_right_checksum(
         ),
         ("target_rms", torch.tensor(1), "must be floating, but got torch.int64"),
         ("threshold", torch.tensor(float("inf")), "must be finite, but it holds NaN or infinity"),
+        ("k", torch.tensor(float("inf")), r"must be a whole number, but got inf"),
         ("k", torch.tensor(float("nan")), r"must be a whole number, but got nan"),
         ("k", torch.tensor(2.5), r"must be a whole number, but got 2.5"),
         ("code_normalization_id", torch.tensor(1j), "must be a whole number, but got "),
