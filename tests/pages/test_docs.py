@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = [DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md"))]
 REFERENCE = "".join(path.read_text("utf-8") for path in (DOCS / "reference").glob("*.md"))
 DOCUMENTED = re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE)
-EXPORTED = re.findall(
-    r"^from \S+ import \w+ as (\w+)$", inspect.getsource(fusion_lens), re.MULTILINE
-)
+EXPORTED = fusion_lens.__all__
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "fusion_lens").rglob("*.py")
@@ -150,3 +148,11 @@ def test_every_command_and_option_is_on_the_command_line_page(site) -> None:
                 assert all(
                     f"<code>{opt}" in page or opt.upper() in page for opt in parameter.opts
                 ), (name, parameter.opts)
+
+
+def test_every_extra_is_told_and_no_other() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    told = re.findall(
+        r"^\| `(\w+)` \|", (DOCS / "how-to/install.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert sorted(told) == sorted(project["optional-dependencies"])
