@@ -1,9 +1,10 @@
 """inspect-ai's requests -> replies of a steered model: the provider `fusion_lens/<model>`.
 
 `fusion_lens/atlas` is the bundled model, else what follows the first slash is a checkpoint folder
-or a hub name. Model arguments (`-M name=value`) are the fields of `ModelArgs`. What samples ask at
-the same time is written as one batch (`gatherer`, `replies`), and models opened alike are opened
-once. inspect-ai finds provider and task by the entry point `fusion_lens.inspect_tasks`.
+or a hub name. Model arguments (`-M name=value`) are the fields of `inspect_args.ModelArgs`. What
+samples ask at the same time is written as one batch (`gatherer`, `replies`), and models opened
+alike are opened once. inspect-ai finds provider and task by the entry point
+`fusion_lens.inspect_tasks`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,18 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, final
 from weakref import WeakValueDictionary
 
-from fusion_lens.decoding import GenerationConfig
-from fusion_lens.errors import ConfigError, FusionLensError, MissingExtraError, one_of
+from fusion_lens.errors import ConfigError, FusionLensError, MissingExtraError
 from fusion_lens.gatherer import Gatherer, one_at_a_time
+from fusion_lens.inspect_args import ModelArgs, read_model_args
 from fusion_lens.messages import Message, has_chat_template
 from fusion_lens.models import HookedModel, identify, load_model
 from fusion_lens.plan_files import load_plan
 from fusion_lens.plans import Plan
 from fusion_lens.replies import Reply, Request, write_replies
-from fusion_lens.typed_json import typed
 
 try:
     from inspect_ai.model import (
@@ -52,67 +51,6 @@ _REFUSED = (
 _WITHOUT_EFFECT = {"top_p": 1.0, "num_choices": 1, "best_of": 1}
 _MOST_TOKENS = 2048
 _ROOM = 2  # the share of the context that a reply may fill where nobody says: one in so many
-
-
-@dataclass(frozen=True, slots=True)
-class ModelArgs:
-    """What `-M` sets.
-
-    `plan` is a plan's file, its coefficients multiplied by `scale`. `dtype`, `device`,
-    `load_in_8bit` and `device_map` are those of `load_model`; `slots`, `cache_length` and
-    `executor` those of `GenerationConfig`: with numbers for the first two, a reply does not depend
-    on what shares its batch, to the last bit. `chat` is True, False, or "auto": by the chat
-    template where the tokenizer has one. `batch_size` is the most requests of a batch, `window` the
-    seconds it waits for another.
-
-    Raises:
-        ConfigError: if one is out of its range.
-    """
-
-    plan: str | None = None
-    scale: float = 1.0
-    dtype: str | None = None
-    device: str | None = None
-    load_in_8bit: bool = False
-    device_map: str | None = None
-    chat: bool | str = "auto"
-    slots: int | None = None
-    cache_length: int | None = None
-    executor: str = "auto"
-    batch_size: int = 32
-    window: float = 0.05
-
-    def __post_init__(self) -> None:
-        if isinstance(self.chat, str):
-            one_of("chat", self.chat, ("auto",))
-        if self.batch_size < 1 or self.window < 0.0:
-            raise ConfigError(
-                "batch_size must be at least 1 and window at least 0, but got "
-                f"({self.batch_size=}, {self.window=})."
-            )
-        self.generation()
-
-    def generation(self) -> GenerationConfig:
-        """How every reply is written."""
-        return GenerationConfig(
-            slots=self.slots, cache_length=self.cache_length, executor=self.executor
-        )
-
-
-def read_model_args(given: Mapping[str, Any]) -> ModelArgs:
-    """The arguments as inspect-ai gives them, each checked.
-
-    Raises:
-        ConfigError: if one is not known, of another type, or out of its range.
-    """
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    try:
-        return typed(ModelArgs, told)
-    except (TypeError, ValueError) as error:
-        known = ", ".join(field.name for field in fields(ModelArgs))
-        raise ConfigError(
-            f"a model argument of fusion_lens must be one of {known}, but: {error}."
-        ) from error
 
 
 @final
@@ -302,9 +240,7 @@ _OPENED: WeakValueDictionary[tuple[Any, ...], HookedModel] = WeakValueDictionary
 
 
 def _open(name: str, args: ModelArgs) -> HookedModel:
-    options = {
-        name: getattr(args, name) for name in ("dtype", "device", "load_in_8bit", "device_map")
-    }
+    options = args.opening()
     key = (name, *options.values())
     model = _OPENED.get(key)
     if model is None:

@@ -35,7 +35,6 @@ from fusion_lens.errors import (
 )
 from fusion_lens.gatherer import one_at_a_time
 from fusion_lens.generation import generate
-from fusion_lens.inspect_models import ModelArgs, read_model_args
 from fusion_lens.models import HookedModel
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Plan
@@ -308,24 +307,6 @@ def test_tools_and_images_are_refused(tiny_folder, opened) -> None:
     seen = ChatMessageUser(content=[ContentImage(image=dot)])
     with pytest.raises(ConfigError, match="reads text alone, but a message holds image"):
         ask_one(model, [seen])
-
-
-def test_arguments_have_names_and_types() -> None:
-    told = {"plan": Path("plan.safetensors"), "scale": 2, "slots": 8, "chat": False}
-    assert read_model_args(told) == ModelArgs("plan.safetensors", 2.0, slots=8, chat=False)
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"plans": "a"}, r"must be one of plan, scale, .*window, but: plans is no known field"),
-        ({"trust_remote_code": True}, r"trust_remote_code is no known field"),
-        ({"scale": "much"}, r"scale must be a valid number, but got 'much'"),
-        ({"slots": 0}, r"slots must be at least 1, but got 0"),
-        ({"chat": "maybe"}, r"chat must be one of auto, but got 'maybe'"),
-        ({"executor": "fast"}, r"executor must be one of auto, lean, hooks, but got 'fast'"),
-        ({"batch_size": 0}, r"batch_size must be at least 1 and window at least 0, but got"),
-        ({"plan": object()}, r"not JSON serializable"),
-    ]
-    for given, message in wrong:
-        with pytest.raises(ConfigError, match=message):
-            read_model_args(given)
 
 
 def test_an_argument_that_is_not_known_and_a_model_that_is_not_there_are_refused(

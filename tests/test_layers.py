@@ -41,7 +41,7 @@ LAYERS = (
     {"vector_files"},
     {"gguf_files"},
     {"generation", "graders", "likelihood", "details"},
-    {"preparation", "statistics", "replies"},
+    {"preparation", "statistics", "replies", "inspect_args"},
     {"report", "fronts", "summary_layout"},
     {"results"},
     {"run_folder", "similar_starts"},
