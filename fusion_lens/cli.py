@@ -34,10 +34,11 @@ for command in (
 app.command("import")(import_vectors)
 
 
-def _say_version(asked: bool) -> None:
+def _say_version(asked: bool) -> bool:
     if asked:
         print(f"fusion-lens {version('fusion-lens')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,12 @@ from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.models import HookedModel, load_model
 from fusion_lens.plans import Plan, make_plan
 from fusion_lens.prompts import Prompt, question_prompt, reference_prompt
+
+# `python -m pytest` puts the checkout on the path, where an egg-info hides that it is installed:
+# inspect-ai would then not know whose its tasks are
+_ROOT = Path(__file__).parents[1]
+if any(_ROOT.glob("*.egg-info")):
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
 
 torch.set_num_threads(1)
 
