@@ -194,6 +194,7 @@ def test_another_slot_shape_gives_the_same_completions_and_coefficients(atlas, e
     assert outcome(30, None) == outcome(7, 96)
 
 
+@pytest.mark.slow
 def test_a_block_of_questions_leaves_no_study_and_no_deltas_behind(tiny, monkeypatch) -> None:
     alive = []
     keep = experiment._Loop._keep

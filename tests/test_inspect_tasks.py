@@ -302,6 +302,7 @@ def test_figures_over_epochs_are_of_the_mean_shares() -> None:
     }
 
 
+@pytest.mark.slow
 def test_inspect_eval_on_the_command_line_with_a_server_that_grades(
     atlas, plan, plan_file, tmp_path
 ) -> None:

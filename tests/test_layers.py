@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,7 @@ FLAT = [name for name in MODULES if name.split(".")[0] != "atlas"]
 ATLAS = [name for name in MODULES if name.split(".")[0] == "atlas"]
 
 
+@cache
 def imports(source: str) -> set[str]:
     """Full names of all modules a source imports, at any depth; `.` begins a relative one."""
     found = set()

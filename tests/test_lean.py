@@ -77,6 +77,7 @@ print(size, after - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the memory there")
+@pytest.mark.slow
 def test_the_module_takes_no_memory_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEMORY, str(tiny_folder), str(tmp_path)],

@@ -19,6 +19,8 @@ from fusion_lens.models import HookedModel
 from fusion_lens.prompts import tokenize
 from fusion_lens.statistics import cluster_bootstrap
 
+pytestmark = pytest.mark.slow
+
 TOKENS, UNITS = 10, (1, 100)
 METHODS, GATE = ("generic", "generic_masked"), "generic + dsas gate"
 ALL = load_contrasts(CONTRASTS / "sources.jsonl")
@@ -195,7 +197,6 @@ def test_divergence_is_that_of_each_strength_on_unrelated_text(
     assert bench.points[0].kl is None
 
 
-@pytest.mark.slow
 def test_what_acts_on_prompts_alone_has_no_divergence(atlas: HookedModel) -> None:
     made = compare_methods(
         atlas,

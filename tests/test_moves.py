@@ -27,7 +27,9 @@ def rows_of(model: HookedModel) -> dict[str, list[Row]]:
     return {name: [Row(prompt, plan) for prompt in prompts] for name, plan in plans.items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[*FAMILIES[:-1], pytest.param(FAMILIES[-1], marks=pytest.mark.slow)]
+)
 def named(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -218,6 +220,7 @@ def test_the_order_of_steps_matters(tiny: HookedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.slow
 def test_every_kind_runs_in_other_precisions(tiny_folder: Path, dtype: str) -> None:
     model = load_model(tiny_folder, dtype=dtype)
     rows = [row for some in rows_of(model).values() for row in some[:1]]

@@ -70,6 +70,7 @@ def test_zero_deltas_give_the_baselines_completions_token_for_token(atlas: Hooke
         assert each.tuned.tuned.zero_won
 
 
+@pytest.mark.slow
 def test_against_another_questions_gold_segmented_and_mismatched_are_alike(
     atlas: HookedModel,
 ) -> None:
