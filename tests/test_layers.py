@@ -95,7 +95,7 @@ ATLAS_USERS = {
     "cli_inputs": {"atlas"},
     "recipes": {"atlas"},
 }
-ATLAS_KNOWS = {"errors", "typed_json", "scores", "questions", "contrasts"}
+ATLAS_KNOWS = {"errors", "typed_json", "tensor_files", "scores", "questions", "contrasts"}
 # its dictionaries are made and judged on the hook points
 DICTIONARY_MAKERS = {
     "atlas.crosscoder_weights",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fusion_lens.errors import ConfigError, InputFileError
+from fusion_lens.tensor_files import header_of
 from fusion_lens.typed_json import parsed, typed
 
 
@@ -56,16 +57,19 @@ def load_state(
         return 0
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step, made_with = typed(int, parsed(header["step"])), parsed(header["config"])
+            header = header_of(path, file)
+            tensors = {name: file.get_tensor(name) for name in header.shapes}
+        told = header.metadata
+        step, made_with = typed(int, parsed(told["step"])), parsed(told["config"])
+    except InputFileError:
+        raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = f"must be the whole state of a training run, but: {error!r}"
         raise InputFileError(path, reason) from error
     if made_with != config:
         raise ConfigError(
             f"a run must go on with the configuration it began with, but {path} has "
-            f"{header['config']} and this run {json.dumps(config)}; use an empty folder."
+            f"{told['config']} and this run {json.dumps(config)}; use an empty folder."
         )
     weights = dict(model.named_parameters())
     for name, own in weights.items():
