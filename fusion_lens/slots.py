@@ -312,6 +312,10 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return self._place.length
 
+    def get_max_cache_shape(self) -> int:
+        # its name in earlier transformers, 5.9 among them
+        return self._place.length
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Passes:
