@@ -671,6 +671,7 @@ def test_a_gated_run_without_another_split_is_refused(command, questions, tmp_pa
     assert "a gate must be fitted on questions" in err
 
 
+@pytest.mark.slow
 def test_a_preset_of_dev_questions_is_where_tune_and_run_start(command, tmp_path) -> None:
     preset, picture = tmp_path / "preset.json", tmp_path / "suggest.html"
     few = ("--explanation-tokens", 8, "--max-new-tokens", 24)

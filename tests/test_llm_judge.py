@@ -423,6 +423,7 @@ def test_a_closed_judge_opens_again() -> None:
         judge.close()
 
 
+@pytest.mark.slow
 def test_a_local_checkpoint_judges_and_is_greedy(tiny_folder: Path) -> None:
     replies = []
     for _ in range(2):

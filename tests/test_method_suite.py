@@ -29,6 +29,8 @@ from fusion_lens.methods.prompting import demonstrations
 from fusion_lens.models import SITES, HookedModel
 from fusion_lens.plans import Plan, Segment
 
+pytestmark = pytest.mark.slow
+
 N_LAYERS, D_MODEL = 6, 192
 UNITS = (1, 10)
 ALL = load_contrasts(CONTRASTS / "sources.jsonl")

@@ -233,6 +233,7 @@ def test_a_token_keeps_its_space_and_special_ones_are_told() -> None:
     assert token_texts(model, []) == ()
 
 
+@pytest.mark.slow
 def test_opening_a_model_in_a_fresh_interpreter_prints_nothing() -> None:
     code = (
         "import logging; from fusion_lens.models import load_model; load_model(); "

@@ -16,7 +16,8 @@ from fusion_lens.models import HookedModel, load_model
 from fusion_lens.moves import Moves
 from fusion_lens.plans import Plan, make_plan
 
-FAMILIES = ("llama", "gpt2", "gemma2", "gpt_neox", "phi")
+FAMILIES = ("llama", "gemma2", "gpt_neox")
+OTHERS = ("gpt2", "phi")
 EXECUTORS = ("lean", "hooks")
 Runs = dict[str, dict[str, list[Completion]]]
 
@@ -28,7 +29,8 @@ def rows_of(model: HookedModel) -> dict[str, list[Row]]:
 
 
 @pytest.fixture(
-    scope="module", params=[*FAMILIES[:-1], pytest.param(FAMILIES[-1], marks=pytest.mark.slow)]
+    scope="module",
+    params=[*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
 )
 def named(request: pytest.FixtureRequest) -> str:
     name: str = request.param

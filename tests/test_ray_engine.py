@@ -173,6 +173,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_twice(
     ]
 
 
+@pytest.mark.slow
 def test_a_question_that_kills_whoever_takes_it_is_a_failure_and_the_rest_goes_on(
     single: RayEngine, curses: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ def test_workers_that_have_something_else_than_the_others_are_refused(pair: RayE
         pair._know(replace(own, content={}))
 
 
+@pytest.mark.slow
 def test_a_worker_whose_device_is_broken_is_replaced(
     single: RayEngine, curses: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -247,6 +249,7 @@ def test_a_worker_whose_device_is_broken_is_replaced(
     assert "the device must be able to go on, but says: CUDA error" in caplog.text
 
 
+@pytest.mark.slow
 def test_who_stops_listening_leaves_no_task_behind(
     single: RayEngine, curses: Path, alone: Path, tmp_path: Path
 ) -> None:

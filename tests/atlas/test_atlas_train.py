@@ -37,6 +37,7 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_with_the_weights_of_one_that_was_not(
     uninterrupted, tmp_path
 ):

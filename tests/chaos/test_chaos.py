@@ -115,7 +115,9 @@ def tear(path: Path, unsynced: int, chance: random.Random) -> None:
     path.write_bytes(kept + (b"" if chance.random() < 0.5 else b"\0" * lost))
 
 
-@pytest.mark.parametrize("most", [4, pytest.param(None, marks=long)])
+@pytest.mark.parametrize(
+    "most", [pytest.param(4, marks=pytest.mark.slow), pytest.param(None, marks=long)]
+)
 @pytest.mark.parametrize("name", SCENES)
 def test_a_run_killed_at_a_call_goes_on(
     nursery: Nursery,

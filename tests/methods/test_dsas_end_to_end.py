@@ -85,6 +85,7 @@ def behind(model: Any, text: Text, plan: Plan | None, site: str = "resid_post") 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "relu"])
 @pytest.mark.parametrize("site", SITES)
+@pytest.mark.slow
 def test_both_parts_of_the_loss_are_those_of_runs_alone_by_the_formula(
     tiny: HookedModel, site: str, kind: str
 ) -> None:

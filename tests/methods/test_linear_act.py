@@ -116,6 +116,7 @@ def by_hand(model: Any, site: str, tokens: str) -> list[tuple[np.ndarray, ...]]:
 
 @pytest.mark.parametrize("tokens", ["mean", "last"])
 @pytest.mark.parametrize("site", SITES)
+@pytest.mark.slow
 def test_every_layer_is_fitted_on_sources_that_the_layers_below_have_mapped(
     float64: HookedModel, site: str, tokens: str
 ) -> None:
