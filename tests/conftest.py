@@ -25,8 +25,11 @@ from transformers import (
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from fusion_lens import replies
 from fusion_lens.activations import record
+from fusion_lens.decoding import GenerationConfig
 from fusion_lens.deltas import Deltas, make_deltas
+from fusion_lens.generation import generate
 from fusion_lens.models import HookedModel, load_model
 from fusion_lens.plans import Plan, make_plan
 from fusion_lens.prompts import Prompt, question_prompt, reference_prompt
@@ -123,6 +126,19 @@ def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hooked_transformer(tiny_folder: Path) -> HookedModel:
     """The tiny model as an unprocessed `HookedTransformer` with the same weights."""
     return make_hooked_transformer(tiny_folder)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every call of `generate` for a harness, which does its work."""
+    seen: list[int] = []
+
+    def counted(model: HookedModel, rows: Any, config: GenerationConfig) -> Any:
+        seen.append(len(rows))
+        return generate(model, rows, config)
+
+    monkeypatch.setattr(replies, "generate", counted)
+    return seen
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from inspect_ai.tool import ToolInfo
 from test_generation import overflowing_plan
 from test_messages import TEMPLATE
 
-from fusion_lens import inspect_models, inspect_tasks, replies
+from fusion_lens import inspect_models, inspect_tasks
 from fusion_lens.decoding import GenerationConfig, Row
 from fusion_lens.errors import (
     ConfigError,
@@ -66,19 +66,6 @@ def chat_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every call of `generate`, which does its work."""
-    seen: list[int] = []
-
-    def counted(model: HookedModel, rows: Any, config: GenerationConfig) -> Any:
-        seen.append(len(rows))
-        return generate(model, rows, config)
-
-    monkeypatch.setattr(replies, "generate", counted)
-    return seen
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from typing import Any
 import pytest
 from conftest import strong_plan
 
-from fusion_lens import replies
 from fusion_lens.decoding import GenerationConfig, Row
 from fusion_lens.errors import ConfigError, ContextLengthError
 from fusion_lens.generation import generate
 from fusion_lens.messages import Message
-from fusion_lens.models import HookedModel
 from fusion_lens.prompts import question_prompt, tokenize
 from fusion_lens.replies import Reply, Request, write_replies
 
@@ -19,19 +17,6 @@ CONFIG = GenerationConfig(slots=4, cache_length=64)
 
 def asked(text: str, **options: Any) -> Request:
     return Request((Message("user", text),), **{"max_tokens": 6, **options})
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every call of `generate`, which does its work."""
-    seen: list[int] = []
-
-    def counted(model: HookedModel, rows: Any, config: GenerationConfig) -> Any:
-        seen.append(len(rows))
-        return generate(model, rows, config)
-
-    monkeypatch.setattr(replies, "generate", counted)
-    return seen
 
 
 def test_requests_alike_are_one_batch_and_each_is_what_it_is_alone(tiny, batches) -> None:
