@@ -29,7 +29,8 @@ from fusion_lens.atlas import QUESTIONS
 from fusion_lens.decoding import Completion, GenerationConfig, Row
 from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.generation import generate
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan
 from fusion_lens.preparation import Prepared, TuningConfig, prepare, with_engine_shape
 from fusion_lens.prompts import Prompt

@@ -27,7 +27,8 @@ from fusion_lens.atlas import QUESTIONS
 from fusion_lens.experiment import run
 from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.gradient_starts import LENGTHS
-from fusion_lens.models import HookedModel, identify, load_model
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.preparation import TuningConfig, prepare, with_engine_shape
 from fusion_lens.presets import preset_starts
 from fusion_lens.questions import Question, load_questions, select_questions, stratified

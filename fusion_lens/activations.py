@@ -20,13 +20,8 @@ from torch import Tensor
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, SpanError
 from fusion_lens.executors import MULTIPLE, Executor, executor_of
-from fusion_lens.models import (
-    HookedModel,
-    ModelIdentity,
-    evaluating,
-    identify,
-    resid_post,
-)
+from fusion_lens.identity import ModelIdentity, identify
+from fusion_lens.models import HookedModel, evaluating, resid_post
 from fusion_lens.prompts import Layout, Prompt
 
 

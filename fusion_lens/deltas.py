@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusion_lens.activations import Activations, activations_from_cache
 from fusion_lens.errors import ActivationError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.prompts import Layout, Prompt
 from fusion_lens.tables import Section, Shows
 

@@ -24,15 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusion_lens.errors import DictionaryError, one_of
-from fusion_lens.models import (
-    HookedModel,
-    ModelIdentity,
-    check_hook_names,
-    identify,
-    is_layer_normed,
-    resid_post,
-    residual_basis,
-)
+from fusion_lens.identity import ModelIdentity, identify, is_layer_normed, residual_basis
+from fusion_lens.models import HookedModel, check_hook_names, resid_post
 
 BASES = ("unprocessed", "centred")
 

@@ -23,10 +23,11 @@ from fusion_lens.divergence import read_text
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, ConfigError
 from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.judged_results import judged_result
 from fusion_lens.judges import Judge, LexicalJudge
 from fusion_lens.lenders import Lenders, Ready, gathered
-from fusion_lens.models import HookedModel, ModelIdentity
+from fusion_lens.models import HookedModel
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.preparation import Failure
 from fusion_lens.progress import Progress, shown

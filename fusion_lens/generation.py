@@ -21,7 +21,8 @@ from fusion_lens.decoding import Row as Row
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ContextLengthError
 from fusion_lens.executors import Executor, LeanModule, executor_of
-from fusion_lens.models import HookedModel, evaluating, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, evaluating
 from fusion_lens.prompts import Prompt
 
 MOST_SLOTS = {"cpu": 256, "cuda": 256}

@@ -21,7 +21,8 @@ from torch import Tensor
 from fusion_lens.activations import at_least_float32
 from fusion_lens.errors import PlanError
 from fusion_lens.executors import executor_of
-from fusion_lens.models import HookedModel, differentiating, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, differentiating
 from fusion_lens.operators import affine, gate_value
 from fusion_lens.plans import Plan, Segment, Step
 from fusion_lens.steps import Move, steered_mask

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fusion_lens.errors import PlanError
 from fusion_lens.executors import as_hook, hooked
+from fusion_lens.identity import identify
 from fusion_lens.lean import AtSite
 from fusion_lens.models import (
     HookedModel,
     Place,
     attn_z,
     check_hook_names,
-    identify,
     resid_post,
     site_hook,
 )

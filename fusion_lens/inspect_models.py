@@ -19,9 +19,10 @@ from weakref import WeakValueDictionary
 
 from fusion_lens.errors import ConfigError, FusionLensError, MissingExtraError
 from fusion_lens.gatherer import Gatherer, one_at_a_time
+from fusion_lens.identity import identify
 from fusion_lens.inspect_args import ModelArgs, read_model_args
 from fusion_lens.messages import Message, has_chat_template
-from fusion_lens.models import HookedModel, identify, load_model
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.plan_files import load_plan
 from fusion_lens.plans import Plan
 from fusion_lens.replies import Reply, Request, write_replies

@@ -25,6 +25,7 @@ from fusion_lens.deltas import Deltas
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError, ContrastError, one_of
 from fusion_lens.gate_values import gate_values, mean_gate
+from fusion_lens.identity import identify
 from fusion_lens.methods.act_add import act_add
 from fusion_lens.methods.austeer import austeer, momenta
 from fusion_lens.methods.caa import caa
@@ -35,7 +36,7 @@ from fusion_lens.methods.iti import LEAST_PAIRS as ITI_PAIRS
 from fusion_lens.methods.iti import iti
 from fusion_lens.methods.linear_act import linear_act
 from fusion_lens.methods.prompting import demonstrations
-from fusion_lens.models import SITES, HookedModel, identify
+from fusion_lens.models import SITES, HookedModel
 from fusion_lens.plans import Affine, Plan, make_plan
 from fusion_lens.prompts import NO_PROMPT
 from fusion_lens.site_activations import SiteActivations, record_at

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusion_lens.activations import padded_length, same_shape
-from fusion_lens.models import load_text_model, weights_digest
+from fusion_lens.identity import weights_digest
+from fusion_lens.models import load_text_model
 
 WINDOW = 512
 _ROWS = 8

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from fusion_lens.deltas import Deltas
 from fusion_lens.durable import replace_file
 from fusion_lens.errors import FusionLensError, InputFileError, PlanError, one_of
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step
 from fusion_lens.prompts import Layout
 from fusion_lens.tensor_files import header_of, tensor_bytes, tensors_digest

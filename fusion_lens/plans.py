@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import PlanError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.prompts import Layout
 from fusion_lens.segments import Segment as Segment
 from fusion_lens.segments import even_segments as even_segments

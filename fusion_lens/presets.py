@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fusion_lens.errors import ConfigError, SearchError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.questions import Question
 from fusion_lens.scores import words
 from fusion_lens.segments import Segment, check_segments

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fusion_lens.details import Detail, load_details
 from fusion_lens.durable import replace_text
 from fusion_lens.errors import InputFileError, MissingExtraError
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.json_lines import read_lines
-from fusion_lens.models import ModelIdentity
 from fusion_lens.report import sections
 from fusion_lens.scores import ACCURATE
 from fusion_lens.summary_layout import require_layout

@@ -23,7 +23,7 @@ from torch import Tensor
 from fusion_lens.dictionaries import Card, Encoded, checked_input
 from fusion_lens.durable import replace_text
 from fusion_lens.errors import DictionaryError, InputFileError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.sae_configs import OWN_ARCHITECTURES, flag, is_current, metadata_of, read_card
 from fusion_lens.tensor_files import (
     Header,

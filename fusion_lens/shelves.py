@@ -24,7 +24,8 @@ from fusion_lens.crosscoder_files import load_crosscoder
 from fusion_lens.dictionaries import Dictionary, fit_to_model
 from fusion_lens.errors import InputFileError
 from fusion_lens.feature_labels import published_labels
-from fusion_lens.models import HookedModel, weights_digest
+from fusion_lens.identity import weights_digest
+from fusion_lens.models import HookedModel
 from fusion_lens.saes import load_sae
 from fusion_lens.teacher_forcing import Text
 from fusion_lens.typed_json import parsed

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fusion_lens.errors import ConfigError, SearchError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.plan_files import load_plan
 from fusion_lens.presets import require_apart, text_digest
 from fusion_lens.questions import Question

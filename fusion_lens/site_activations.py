@@ -17,7 +17,8 @@ from fusion_lens.activations import weighted_mean
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ActivationError, SpanError, one_of
 from fusion_lens.executors import Executor
-from fusion_lens.models import SITES, HookedModel, ModelIdentity, identify
+from fusion_lens.identity import ModelIdentity, identify
+from fusion_lens.models import SITES, HookedModel
 from fusion_lens.teacher_forcing import Batch, Text, in_batches, passed
 
 TOKENS = ("last", "mean", "written")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusion_lens.gradient_starts import LENGTHS
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.preset_files import load_preset
 from fusion_lens.presets import preset_starts
 from fusion_lens.questions import Question

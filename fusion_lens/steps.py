@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import ConfigError, PlanError, one_of
-from fusion_lens.models import SITES, ModelIdentity
+from fusion_lens.identity import ModelIdentity
+from fusion_lens.models import SITES
 from fusion_lens.prompts import Layout
 from fusion_lens.segments import Segment, check_segments, coeffs_by_layer, covered_layers
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from fusion_lens.errors import ConfigError, SearchError
 from fusion_lens.generation import generate
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.preparation import Failure, TuningConfig, prepare, with_engine_shape
 from fusion_lens.presets import Preset, text_digest

@@ -25,8 +25,9 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import PlanError, SpanError
 from fusion_lens.executors import Executor, executor_of
 from fusion_lens.hooks import Cursor, batch_steering
+from fusion_lens.identity import identify
 from fusion_lens.lean import AtSite
-from fusion_lens.models import HookedModel, Place, evaluating, identify
+from fusion_lens.models import HookedModel, Place, evaluating
 from fusion_lens.plans import Plan
 from fusion_lens.preparation import Prepared
 from fusion_lens.prompts import Prompt, continuation

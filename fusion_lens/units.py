@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 
 LEAST = 2
 """Pairs that a share of pairs needs."""

@@ -24,14 +24,12 @@ from torch import Tensor
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import PlanError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
+from fusion_lens.models import RESID_POST
 from fusion_lens.plan_files import plan_digest
 from fusion_lens.plans import Affine, Plan, Step, make_plan
 from fusion_lens.prompts import NO_PROMPT
 from fusion_lens.steps import AnyStep
-
-HOOK = "blocks.{layer}.hook_resid_post"
-"""Where TransformerLens has the stream that the vector of `layer` is added to."""
 
 _LAYER = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
@@ -126,7 +124,7 @@ def to_vectors(plan: Plan, *, first_layer: int = 0, approximate: bool = False) -
         "model": plan.model.name,
         "weights_sha256": plan.model.weights,
         "plan_sha256": plan_digest(plan),
-        "hook": HOOK,
+        "hook": RESID_POST,
         "coefficients": ", ".join(
             f"{name} {float(coeff)!r}" for name, coeff in plan.coeffs.items()
         ),

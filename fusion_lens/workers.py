@@ -22,11 +22,12 @@ from fusion_lens.details import Detail
 from fusion_lens.divergence import n_counted, pieces_of
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.experiment_config import ExperimentConfig
+from fusion_lens.identity import ModelIdentity, configuration, identify
 from fusion_lens.isolation import Tried, isolated
 from fusion_lens.judges import JudgeItem
 from fusion_lens.lenders import Lenders, Ready
 from fusion_lens.memory import release_freed
-from fusion_lens.models import HookedModel, ModelIdentity, configuration, identify
+from fusion_lens.models import HookedModel
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plans import Gate, Segment
 from fusion_lens.preparation import Failure, Prepared, prepare, with_engine_shape

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from fusion_lens.crosscoders import Crosscoder, make_normaliser
 from fusion_lens.dictionaries import Card
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 
 L, D, F = 3, 12, 24
 LAYERS = (0, 2, 3)

@@ -41,7 +41,8 @@ from fusion_lens.dictionaries import Card
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import UnfitModelError
 from fusion_lens.executors import lean_of
-from fusion_lens.models import HookedModel, identify, load_model, resid_post
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import Prompt, question_prompt, reference_prompt

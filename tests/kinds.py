@@ -12,7 +12,8 @@ from conftest import deltas_of
 from torch import Tensor
 
 from fusion_lens.decoding import Completion, Row
-from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.identity import ModelIdentity, identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Affine, Gate, Plan, Segment, Step, make_plan, thirds
 from fusion_lens.prompts import Layout, Prompt, question_prompt
 

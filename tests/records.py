@@ -11,8 +11,8 @@ import torch
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.details import DETAILS, Detail, FeatureShare, Marked, Trace
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.json_lines import replace_lines
-from fusion_lens.models import ModelIdentity
 from fusion_lens.prompts import Layout, Template
 from fusion_lens.results import (
     RESULTS,

@@ -8,7 +8,8 @@ from conftest import n_hooks, prompts_of
 
 from fusion_lens.activations import Activations, activations_from_cache, left_padded, record
 from fusion_lens.errors import ActivationError, SpanError
-from fusion_lens.models import identify, load_model, resid_post
+from fusion_lens.identity import identify
+from fusion_lens.models import load_model, resid_post
 from fusion_lens.prompts import Layout, reference_prompt, tokenize
 
 

@@ -19,7 +19,8 @@ from fusion_lens.atlas import CONTRASTS
 from fusion_lens.cli_inputs import typed_command
 from fusion_lens.contrasts import KINDS, PARTS, load_contrasts, of_kind, save_contrasts
 from fusion_lens.gguf_files import load_gguf
-from fusion_lens.models import identify, load_model
+from fusion_lens.identity import identify
+from fusion_lens.models import load_model
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import Plan
 from fusion_lens.preset_files import load_preset
@@ -103,7 +104,7 @@ def test_stories260k_runs_through_tune_and_generate(command, stories_folder, tmp
     assert plain != steered
 
 
-def test_tune_says_that_quantised_weights_ran_on_hook_points(
+def test_tune_and_generate_say_that_quantised_weights_ran_on_hook_points(
     command, tiny_folder, tmp_path
 ) -> None:
     plan = tmp_path / "plan.safetensors"
@@ -116,6 +117,10 @@ def test_tune_says_that_quantised_weights_ran_on_hook_points(
         "hook points because its weights are quantised or spread over devices"
     )
     assert load_plan(plan).model.dtype == "uint8+bfloat16"
+    continued = ("generate", "A red ball", "--plan", plan, "--model", tiny_folder)
+    code, _, err = command(*continued, "--max-new-tokens", 4, "--load-in-4bit")
+    assert code == 0
+    assert "note: hook points because its weights are quantised" in err
     code, out, _ = command(*arguments, *few)
     assert code == 0
     assert "engine" not in out

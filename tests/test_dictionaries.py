@@ -20,14 +20,8 @@ from fusion_lens.dictionaries import (
     resid_post_layer,
 )
 from fusion_lens.errors import ConfigError, DictionaryError, HookNameError
-from fusion_lens.models import (
-    HookedModel,
-    identify,
-    is_layer_normed,
-    load_model,
-    resid_post,
-    residual_basis,
-)
+from fusion_lens.identity import identify, is_layer_normed, residual_basis
+from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.sae_files import FileSAE
 
 D_MODEL, D_SAE = 32, 48

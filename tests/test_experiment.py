@@ -29,8 +29,9 @@ from fusion_lens.errors import (
 )
 from fusion_lens.experiment import ExperimentConfig, run
 from fusion_lens.generation import GenerationConfig, Row, generate
+from fusion_lens.identity import identify
 from fusion_lens.methods.dsas import FittedGate
-from fusion_lens.models import HookedModel, identify, load_model
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import load_plan
 from fusion_lens.plans import Step

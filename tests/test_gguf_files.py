@@ -16,7 +16,8 @@ from test_vector_files import same
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError, PlanError
 from fusion_lens.gguf_files import is_gguf, load_gguf, save_gguf
 from fusion_lens.gguf_headers import LARGEST
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Step
 from fusion_lens.vector_files import save_vectors
 from fusion_lens.vectors import Vectors, from_vectors, to_vectors

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from asked import ASKED
+from families import quantised
 from kinds import affine_of, gate_of
 
 from fusion_lens.errors import PlanError, SpanError
@@ -124,3 +125,13 @@ def test_starts_stay_where_the_search_looks() -> None:
 )
 def test_without_a_way_up_there_is_no_start(slopes) -> None:
     assert along_gradient(torch.tensor(slopes), thirds(3), (0.5, 1.0), (0.0, 1.5)) == []
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_have_slopes_too(bits: int) -> None:
+    model = quantised("gemma2", bits)
+    text = text_of(model)
+    gradient = answer_gradient(model, text)
+    # rounding hides what a smaller step does
+    assert gradient.tolist() == pytest.approx(by_differences(model, text, 0.1), rel=0.05, abs=0.25)
+    assert gradient[0] > 5.0

@@ -25,6 +25,7 @@ LAYERS = (
     {"claims"},
     {"golds"},
     {"questions", "contrasts", "models", "llama", "judges"},
+    {"identity"},
     {"messages", "lean", "engine_log", "judge_prompts", "dictionaries", "gatherer", "presets"},
     {"prompts"},
     {
@@ -108,7 +109,7 @@ DICTIONARY_MAKERS = {
     "atlas.train_saes",
 }
 MAKERS_KNOW = ATLAS_KNOWS | {
-    *("models", "lean", "executors", "activations"),
+    *("models", "identity", "lean", "executors", "activations"),
     *("dictionaries", "crosscoders", "crosscoder_files", "sae_files"),
 }
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import jaxtyping
 import pytest
 import torch
 from conftest import prompts_of, strong_plan
@@ -16,13 +15,13 @@ from fusion_lens.activations import left_padded
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import ConfigError, HookNameError, ModelError
 from fusion_lens.generation import GenerationConfig, Row, generate
+from fusion_lens.identity import identify
 from fusion_lens.models import (
     KeyValues,
     architecture_of,
     check_hook_names,
     evaluating,
     forward,
-    identify,
     load_model,
     resid_post,
     site_hook,
@@ -65,44 +64,6 @@ def test_the_last_positions_are_those_of_the_full_logits(tiny, hooked_transforme
                 assert torch.allclose(whole[:, -n:], last, atol=1e-6)
 
 
-def test_identity_tells_models_apart_and_not_precisions(tiny, tiny_folder, other_folder) -> None:
-    identity = identify(tiny)
-    assert (identity.n_layers, identity.d_model, identity.dtype) == (4, 32, "float32")
-    assert (identity.wrapper, identity.processing) == ("TransformerBridge", "unprocessed")
-    half = identify(load_model(tiny_folder, dtype="bfloat16"))
-    assert half.dtype == "bfloat16"
-    assert identity.mismatch(half) is None
-    other = identify(load_model(other_folder))
-    assert "it was made on tiny" in str(identity.mismatch(other))
-
-
-def test_identity_changes_with_a_single_weight(tiny, tiny_folder) -> None:
-    changed = load_model(tiny_folder)
-    with torch.no_grad():
-        next(iter(changed.parameters()))[0, 0] += 1.0
-    assert identify(changed).weights != identify(tiny).weights
-
-
-def test_a_hooked_transformer_of_the_same_weights_is_the_same_model(
-    tiny, hooked_transformer
-) -> None:
-    bridge, hooked = identify(tiny), identify(hooked_transformer)
-    assert hooked.wrapper == "HookedTransformer"
-    assert bridge.mismatch(hooked) is None
-    assert hooked.mismatch(bridge) is None
-
-
-def test_processed_weights_are_another_basis(tiny, tiny_folder) -> None:
-    processed = load_model(tiny_folder)
-    processed.enable_compatibility_mode(disable_warnings=True)
-    assert identify(processed).processing == "processed"
-    assert identify(tiny).mismatch(identify(processed)) == (
-        "processing must be unprocessed, but the model has processed"
-    )
-    width = dataclasses.replace(identify(tiny), d_model=64)
-    assert identify(tiny).mismatch(width) == "d_model must be 32, but the model has 64"
-
-
 def test_the_architecture_of_a_checkpoint_is_in_its_config(
     gpt2_folder, gemma_folder, tmp_path
 ) -> None:
@@ -113,12 +74,6 @@ def test_the_architecture_of_a_checkpoint_is_in_its_config(
         architecture_of(tmp_path)
     with pytest.raises(ModelError, match="must be an existing checkpoint folder, but there is non"):
         architecture_of("./none")
-
-
-def test_something_without_hook_points_is_no_model(monkeypatch) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ModelError, match="must offer TransformerLens hook points, but got Linear"):
-        identify(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_hook_names_are_checked_with_a_suggestion(tiny) -> None:

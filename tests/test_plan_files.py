@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import OutputError, PlanError
 from fusion_lens.hooks import fwd_hooks
-from fusion_lens.models import SITES, ModelIdentity
+from fusion_lens.identity import ModelIdentity
+from fusion_lens.models import SITES
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import (
     POSITIONS,

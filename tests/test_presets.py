@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fusion_lens.errors import ConfigError, PlanError, SearchError
-from fusion_lens.models import ModelIdentity
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.presets import Preset, preset_starts, require_apart, text_digest
 from fusion_lens.questions import Question
 from fusion_lens.segments import thirds

@@ -11,7 +11,8 @@ from judge_server import JudgeServer, says, serving
 from fusion_lens import cli
 from fusion_lens.decoding import Row
 from fusion_lens.generation import generate
-from fusion_lens.models import HookedModel, identify, load_model
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.perplexity import PerplexityModel
 from fusion_lens.plan_files import load_plan
 from fusion_lens.prompts import question_prompt, tokenize

@@ -14,7 +14,8 @@ from fusion_lens.engine_log import EngineLog
 from fusion_lens.errors import MissingExtraError, ModelError, ResumeError
 from fusion_lens.experiment import run
 from fusion_lens.experiment_config import ExperimentConfig
-from fusion_lens.models import HookedModel, identify, load_model
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.prompts import question_prompt, tokenize
 from fusion_lens.questions import Question

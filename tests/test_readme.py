@@ -47,7 +47,8 @@ def test_the_figures_were_made_with_the_atlas_that_ships() -> None:
     weights = hash_weights(CHECKPOINT)
     assert weights in README
     figures = json.loads((ROOT / "figures" / "summary.json").read_text(encoding="utf-8"))
-    from fusion_lens.models import identify, load_model
+    from fusion_lens.identity import identify
+    from fusion_lens.models import load_model
 
     assert identify(load_model()).weights == figures["provenance"]["weights_sha256"]
 

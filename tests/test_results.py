@@ -17,8 +17,8 @@ from records import LOVELACE, interval, make_results, saved
 from rich.console import Console
 
 from fusion_lens.errors import InputFileError, MissingExtraError, OutputError
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.json_lines import append_lines
-from fusion_lens.models import ModelIdentity
 from fusion_lens.results import (
     Provenance,
     Results,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fusion_lens.dictionaries import Dictionary
 from fusion_lens.errors import DictionaryError, InputFileError, OutputError
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 from fusion_lens.sae_files import load_sae_folder, seal_sae, statistics
 from fusion_lens.saes import load_sae
 

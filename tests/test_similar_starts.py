@@ -9,7 +9,8 @@ from conftest import deltas_of
 from records import LOVELACE, make_results, saved
 
 from fusion_lens.errors import ConfigError, InputFileError, PlanError, SearchError
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import make_plan
 from fusion_lens.questions import Question

@@ -8,7 +8,7 @@ from asked import ASKED, OTHER
 from fusion_lens.decoding import GenerationConfig
 from fusion_lens.errors import ConfigError, SearchError
 from fusion_lens.generation import generate
-from fusion_lens.models import identify
+from fusion_lens.identity import identify
 from fusion_lens.preparation import TuningConfig, prepare
 from fusion_lens.presets import text_digest
 from fusion_lens.questions import Question

@@ -11,7 +11,8 @@ from toy_units import TOY, differences_of
 
 from fusion_lens.controls import with_vectors
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import make_plan
 from fusion_lens.units import (
     Momenta,

@@ -16,7 +16,8 @@ from torch import Tensor
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import PlanError
 from fusion_lens.hooks import fwd_hooks
-from fusion_lens.models import HookedModel, ModelIdentity, identify, load_model, resid_post
+from fusion_lens.identity import ModelIdentity, identify
+from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.plan_files import save_plan
 from fusion_lens.plans import Affine, Gate, Plan, Step, even_segments, full, make_plan
 from fusion_lens.prompts import NO_PROMPT, question_prompt

@@ -42,7 +42,8 @@ from fusion_lens.crosscoder_files import save_crosscoder
 from fusion_lens.crosscoders import Crosscoder, Normaliser, make_normaliser
 from fusion_lens.dictionaries import Card
 from fusion_lens.errors import ConfigError
-from fusion_lens.models import HookedModel, identify, load_model, resid_post
+from fusion_lens.identity import identify
+from fusion_lens.models import HookedModel, load_model, resid_post
 
 _THRESHOLD_TOKENS = 65_536
 

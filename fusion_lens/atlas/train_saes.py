@@ -35,7 +35,8 @@ from fusion_lens.atlas.dictionary_cards import sae_name, save_card
 from fusion_lens.atlas.dictionary_text import draw_side_documents, make_side
 from fusion_lens.atlas.world import WORLD_SEED, make_world
 from fusion_lens.errors import ConfigError, MissingExtraError
-from fusion_lens.models import HookedModel, ModelIdentity, identify, load_model, resid_post
+from fusion_lens.identity import ModelIdentity, identify
+from fusion_lens.models import HookedModel, load_model, resid_post
 from fusion_lens.sae_files import WEIGHTS, seal_sae
 
 MATRICES = ("W_enc", "W_dec")

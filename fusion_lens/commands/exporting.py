@@ -78,7 +78,7 @@ def import_vectors(
     """Make a plan of vectors that another program wrote, for --model: added after their blocks to
     every token, as they are."""
     from fusion_lens.gguf_files import is_gguf, load_gguf
-    from fusion_lens.models import identify
+    from fusion_lens.identity import identify
     from fusion_lens.plan_files import save_plan
     from fusion_lens.vector_files import load_vectors
     from fusion_lens.vectors import from_vectors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def tune(
     """Tune one question: what the model said, what it says now, and the coefficients; saves the
     plan."""
     from fusion_lens.engine_log import EngineLog
-    from fusion_lens.models import identify
+    from fusion_lens.identity import identify
     from fusion_lens.plan_files import save_plan
     from fusion_lens.progress import bars
     from fusion_lens.questions import Question
@@ -95,6 +96,7 @@ def generate(
     recipe: Any,
 ) -> int:
     """Continue a prompt, steered by a saved plan."""
+    from fusion_lens.engine_log import EngineLog
     from fusion_lens.generation import GenerationConfig, Row
     from fusion_lens.generation import generate as generate_rows
     from fusion_lens.plan_files import load_plan
@@ -109,8 +111,11 @@ def generate(
         read = question_prompt(opened, prompt, Template(chat=chat))
     else:
         read = tokenize(opened, prompt)
-    completion = generate_rows(opened, [Row(read, loaded, seed)], config)[0]
+    log = EngineLog()
+    completion = generate_rows(opened, [Row(read, loaded, seed)], config, log=log)[0]
     print(completion.text)
+    for reason in log.reasons:
+        print(f"note: hook points because {reason}", file=sys.stderr)
     return 0
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fusion_lens.deltas import Deltas
 from fusion_lens.errors import ContrastError
-from fusion_lens.models import HookedModel, ModelIdentity, identify
+from fusion_lens.identity import ModelIdentity, identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Plan, Segment, Step, one_layer
 from fusion_lens.prompts import NO_PROMPT, Prompt, continuation, tokenize
 from fusion_lens.teacher_forcing import Text, record_streams

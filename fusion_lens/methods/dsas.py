@@ -26,7 +26,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError, PlanError, one_of
-from fusion_lens.models import ModelIdentity, weights_digest
+from fusion_lens.identity import ModelIdentity, weights_digest
 from fusion_lens.plans import Plan
 from fusion_lens.site_activations import SiteActivations
 from fusion_lens.steps import GATES, Gate

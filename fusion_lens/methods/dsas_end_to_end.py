@@ -30,16 +30,10 @@ from torch.nn.utils.rnn import pad_sequence
 from fusion_lens.activations import at_least_float32, weighted_mean
 from fusion_lens.errors import ActivationError, ConfigError, PlanError, one_of
 from fusion_lens.executors import Executor, executor_of
+from fusion_lens.identity import ModelIdentity, identify
 from fusion_lens.methods.dsas import FittedGate
 from fusion_lens.methods.wasserstein import wasserstein
-from fusion_lens.models import (
-    SITES,
-    HookedModel,
-    ModelIdentity,
-    Place,
-    differentiating,
-    identify,
-)
+from fusion_lens.models import SITES, HookedModel, Place, differentiating
 from fusion_lens.operators import affine, gate_value
 from fusion_lens.plans import Affine, Gate, Plan, full
 from fusion_lens.progress import Progress, shown

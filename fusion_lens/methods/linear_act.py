@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fusion_lens.errors import ContrastError, PlanError
-from fusion_lens.models import HookedModel, ModelIdentity
+from fusion_lens.identity import ModelIdentity
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Affine, Plan, full
 from fusion_lens.progress import Progress, shown
 from fusion_lens.prompts import NO_PROMPT

@@ -9,7 +9,8 @@ from fusion_lens.atlas.dictionary_activations import record_tokens, token_chunks
 from fusion_lens.atlas.dictionary_cards import load_card, open_dictionary, sae_name, save_card
 from fusion_lens.crosscoder_files import load_crosscoder
 from fusion_lens.errors import DictionaryError, InputFileError
-from fusion_lens.models import identify, resid_post
+from fusion_lens.identity import identify
+from fusion_lens.models import resid_post
 from fusion_lens.sae_files import load_sae_folder
 from fusion_lens.saes import load_sae
 

@@ -14,7 +14,8 @@ from fusion_lens.atlas.train_crosscoder import (
 from fusion_lens.crosscoder_files import load_crosscoder, save_crosscoder
 from fusion_lens.dictionaries import Card
 from fusion_lens.errors import ConfigError
-from fusion_lens.models import identify, resid_post
+from fusion_lens.identity import identify
+from fusion_lens.models import resid_post
 
 SMALL = CrosscoderConfig(d_sae=48, k=4, n_samples=60_000, batch_size=256, dead_after=20, k_aux=4)
 N_LAYERS = 3

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from fusion_lens.atlas.dictionary_quality import reconstruction
 from fusion_lens.atlas.train_saes import SaeConfig, sae_metadata, save_sae, train_sae
 from fusion_lens.errors import ConfigError
-from fusion_lens.models import identify
+from fusion_lens.identity import identify
 from fusion_lens.sae_files import load_sae_folder
 
 # sae-lens and what it imports raise DeprecationWarnings of their own (6.54, November 2026)

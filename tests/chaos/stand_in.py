@@ -22,9 +22,9 @@ from fusion_lens.details import Detail
 from fusion_lens.engine_log import EngineLog
 from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.graders import Graded, grade
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.judges import JudgeItem
 from fusion_lens.lenders import Lenders, Ready
-from fusion_lens.models import ModelIdentity
 from fusion_lens.plans import thirds
 from fusion_lens.preparation import Failure, Prepared, TuningConfig
 from fusion_lens.prompts import Prompt

@@ -42,9 +42,9 @@ from fusion_lens.details import DETAILS, load_details
 from fusion_lens.dictionaries import Card, Dictionary
 from fusion_lens.divergence import read_text
 from fusion_lens.gguf_files import load_gguf, save_gguf
+from fusion_lens.identity import ModelIdentity
 from fusion_lens.json_lines import replace_lines
 from fusion_lens.judge_cache import ReplyCache
-from fusion_lens.models import ModelIdentity
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import Affine, Gate, Plan, Step, even_segments, full
 from fusion_lens.preparation import Failure

@@ -14,7 +14,8 @@ from torch import Tensor
 from fusion_lens.contrast_texts import pair_texts
 from fusion_lens.contrasts import Pair
 from fusion_lens.decoding import Row
-from fusion_lens.models import HookedModel, ModelIdentity
+from fusion_lens.identity import ModelIdentity
+from fusion_lens.models import HookedModel
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import Plan
 from fusion_lens.prompts import NO_PROMPT

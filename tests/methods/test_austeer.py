@@ -15,8 +15,9 @@ from toy_units import TOY, differences_of
 from fusion_lens.contrast_texts import pair_texts
 from fusion_lens.contrasts import Pair
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError
+from fusion_lens.identity import identify
 from fusion_lens.methods.austeer import ALPHA_HIGH, ALPHA_LOW, austeer, momenta
-from fusion_lens.models import HookedModel, identify
+from fusion_lens.models import HookedModel
 from fusion_lens.plans import Affine
 from fusion_lens.site_activations import SiteActivations, record_at
 from fusion_lens.units import Momenta, ranking_by_mean

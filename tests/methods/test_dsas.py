@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fusion_lens.decoding import Row
 from fusion_lens.errors import ActivationError, ConfigError, ContrastError, PlanError
+from fusion_lens.identity import ModelIdentity, identify
 from fusion_lens.methods.dsas import FittedGate, constant_gate, fit_gate, gated
-from fusion_lens.models import HookedModel, ModelIdentity, identify, load_model
+from fusion_lens.models import HookedModel, load_model
 from fusion_lens.operators import gate_value
 from fusion_lens.plan_files import load_plan, save_plan
 from fusion_lens.plans import Plan
