@@ -11,7 +11,8 @@ leaves them as shipped). Figures are pooled over seeds, intervals by cluster boo
 - *units*: AUSteer with a growing number of units, chosen by consistency, by mean difference, or at
   random; the share of pairs whose right text is likelier, at three sites on `sources` and at
   resid_post on `context`, and effect and damage of what is written on `sources`.
-- *fusion*: runs of the test questions with the arms `segmented`, `masked` and `gated`.
+- *fusion*: runs of the test questions with the arms `segmented`, `masked` and `gated`; what they
+  keep is counted on neighbours about people that the gate was not fitted on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 from fusion_lens import load_model, load_questions, select_questions
 from fusion_lens.atlas import CONTRASTS, QUESTIONS, UNRELATED
+from fusion_lens.atlas.world import WORLD_SEED, make_world
 from fusion_lens.behaviours import Behaviour, Observed, Way
 from fusion_lens.contrast_texts import example_texts
 from fusion_lens.contrasts import Example, load_contrasts, of_kind, require_parts
@@ -41,6 +43,7 @@ from fusion_lens.models import HookedModel
 from fusion_lens.pictures import write_figures
 from fusion_lens.preparation import TuningConfig
 from fusion_lens.question_gates import fit_question_gate
+from fusion_lens.questions import Neighbour, Question
 from fusion_lens.results import Result
 from fusion_lens.search import SearchConfig
 from fusion_lens.statistics import cluster_bootstrap, compare
@@ -352,12 +355,20 @@ def _grouped(
 
 
 def fusion(model: HookedModel) -> dict[str, Any]:
-    """Masked and gated injection against plain segmented, on the test questions."""
+    """Masked and gated injection against plain segmented, on the test questions. The gate is fitted
+    on neighbours about one half of the people that Atlas knows, and those about the other half are
+    what must be kept."""
     available = load_questions(QUESTIONS)
-    asked = select_questions(available, split="test", limit=60)
+    known = [person.name for person in make_world(WORLD_SEED).known]
+    met, unmet = known[: len(known) // 2], known[len(known) // 2 :]
+    asked = about(select_questions(available, split="test", limit=60), unmet)
     donors = select_questions(available, split="test")
-    gate = fit_question_gate(model, select_questions(available, split="dev", limit=100))
-    made: dict[str, Any] = {"gate": gate.to_dict(), "ranges": {}}
+    gate = fit_question_gate(model, about(select_questions(available, split="dev", limit=100), met))
+    made: dict[str, Any] = {
+        "gate": gate.to_dict(),
+        "neighbours": sum(len(question.neighbours) for question in asked),
+        "ranges": {},
+    }
     for high in RANGES:
         records: list[Result] = []
         for seed in SEEDS:
@@ -372,6 +383,17 @@ def fusion(model: HookedModel) -> dict[str, Any]:
             print(f"fusion, up to {high}, seed {seed}: done", file=sys.stderr, flush=True)
         made["ranges"][str(high)] = summarised(records)
     return made
+
+
+def about(questions: Sequence[Question], people: Sequence[str]) -> list[Question]:
+    """The questions, each with those of its neighbours alone that are about one of the people."""
+
+    def of_them(question: Question) -> tuple[Neighbour, ...]:
+        return tuple(
+            own for own in question.neighbours if any(name in own.question for name in people)
+        )
+
+    return [replace(question, neighbours=of_them(question)) for question in questions]
 
 
 def summarised(records: Sequence[Result]) -> dict[str, Any]:
