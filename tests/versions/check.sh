@@ -23,11 +23,12 @@ case $which in
     exit 2
     ;;
 esac
-"${pip[@]}" install -c "$venv/constraints.txt" torch
-"${pip[@]}" install -c "$venv/constraints.txt" "${wanted[@]}" -e . beartype hypothesis pytest pytest-xdist
+# half of what pip takes is compiling modules of which the tests import few
+"${pip[@]}" install --no-compile -c "$venv/constraints.txt" torch
+"${pip[@]}" install --no-compile -c "$venv/constraints.txt" "${wanted[@]}" -e . beartype hypothesis pytest pytest-xdist
 "$venv/bin/python" -m pip --disable-pip-version-check freeze | grep -i '^\(torch\|transformer\|optuna\|numpy\)'
 
-core=(activations decoding deltas executors generation hooks lean models moves perplexity plan_files plans prompts search slots steps tuning)
+core=(activations decoding deltas executors generation hooks identity lean models moves perplexity plan_files plans prompts search slots steps tuning)
 files=("${core[@]/#/tests/test_}")
 files=("${files[@]/%/.py}")
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n 2 --dist loadfile "${files[@]}"
