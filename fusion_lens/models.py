@@ -77,8 +77,9 @@ def load_model(
 
     Raises:
         ModelError: if it cannot be found or opened, `dtype` is no floating torch dtype, both
-            `device` and `device_map` or both `load_in_8bit` and `load_in_4bit` are given, or it
-            reads more than text and torchvision is not installed.
+            `device` and `device_map` or both `load_in_8bit` and `load_in_4bit` are given, it does
+            not run quantised in that `dtype`, or it reads more than text and torchvision is not
+            installed.
         MissingExtraError: if it is to be quantised and bitsandbytes is not installed.
     """
     if load_in_8bit and load_in_4bit:
@@ -121,7 +122,9 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
-    model.train(False)
+        model.train(False)
+        if bits is not None:
+            _check_quantised(model, bits, torch_dtype)
     folder = Path(source)
     named = folder.resolve().name if folder.is_dir() else source
     model.cfg.model_name = "atlas" if name_or_path is None else named
@@ -372,6 +375,26 @@ def _check_processor(source: str, revision: str | None) -> None:
             f"torchvision must be installed for a {config.model_type} model: it reads more than "
             f"text, but importing torchvision gave {type(error).__name__}; install the build that "
             f"fits torch {torch.__version__}, or open a checkpoint of the text model alone."
+        ) from error
+
+
+def _check_quantised(model: Any, bits: int, dtype: torch.dtype) -> None:
+    """Run one token: norms without weights, OLMo's, do not know which dtype quantised matrices
+    want, and end in float32.
+
+    Raises:
+        ModelError: if something has to be multiplied by another dtype.
+    """
+    try:
+        with torch.no_grad():
+            model(torch.zeros((1, 1), dtype=torch.long, device=next(model.parameters()).device))
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        told = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"a {model.original_model.config.model_type} model in {bits} bits must run with all "
+            f"else in {told}, but: {str(error).splitlines()[0]}; take float32 (--dtype float32)."
         ) from error
 
 

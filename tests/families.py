@@ -39,7 +39,7 @@ from fusion_lens.crosscoders import Crosscoder, make_normaliser
 from fusion_lens.decoding import GenerationConfig, Row
 from fusion_lens.dictionaries import Card
 from fusion_lens.engine_log import EngineLog
-from fusion_lens.errors import UnfitModelError
+from fusion_lens.errors import ModelError, UnfitModelError
 from fusion_lens.executors import lean_of
 from fusion_lens.identity import identify
 from fusion_lens.models import HookedModel, load_model, resid_post
@@ -270,25 +270,16 @@ def steers_in_bits(name: str, model: HookedModel) -> None:
     plan.check(identify(model))  # no pass has changed the weights
 
 
-def runs(model: HookedModel) -> bool:
-    """Whether a pass ends: a matrix product refuses two dtypes."""
-    try:
-        with torch.no_grad():
-            model(torch.tensor([[1, 40]]))
-    except RuntimeError as error:
-        if "same dtype" not in str(error):
-            raise
-        return False
-    return True
-
-
 def in_bits(bits: int) -> Callable[[str], str | None]:
     """The cell of weights in that many bits."""
 
     def cell(name: str) -> str | None:
         outcome = None
-        model = quantised(name, bits)
-        if not runs(model):
+        try:
+            model = quantised(name, bits)
+        except ModelError as error:
+            if "same dtype" not in str(error):
+                raise
             model, outcome = quantised(name, bits, "float32"), NEEDS_FLOAT32
         steers_in_bits(name, model)
         return outcome

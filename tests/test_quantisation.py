@@ -179,3 +179,16 @@ def test_8_bit_is_nearer_to_the_full_precision_than_4_bit(gemma_folder: Path) ->
             for option in ("load_in_8bit", "load_in_4bit")
         ]
     assert 1e-4 * full.norm() < drifts[0] < 0.3 * drifts[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"), [("load_in_8bit", "float16"), ("load_in_4bit", "bfloat16")]
+)
+def test_a_model_that_cannot_run_in_half_precision_is_refused_with_what_to_do(
+    tmp_path: Path, option: str, dtype: str
+) -> None:
+    folder = save_family("olmo", tmp_path)
+    told = rf"olmo model in \d bits must run with all else in {dtype}.*--dtype float32"
+    with pytest.raises(ModelError, match=told):
+        load_model(folder, **{option: True})
+    load_model(folder, dtype="float32", **{option: True})
