@@ -12,7 +12,8 @@ leaves them as shipped). Figures are pooled over seeds, intervals by cluster boo
   random; the share of pairs whose right text is likelier, at three sites on `sources` and at
   resid_post on `context`, and effect and damage of what is written on `sources`.
 - *fusion*: runs of the test questions with the arms `segmented`, `masked` and `gated`; what they
-  keep is counted on neighbours about people that the gate was not fitted on.
+  keep is counted on neighbours about people that the gate was not fitted on. The mask's search is
+  also made in units of a random order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from fusion_lens import load_model, load_questions, select_questions
 from fusion_lens.atlas import CONTRASTS, QUESTIONS, UNRELATED
 from fusion_lens.atlas.world import WORLD_SEED, make_world
@@ -41,13 +44,15 @@ from fusion_lens.method_bench import MethodBench, balance, compare_methods
 from fusion_lens.method_suite import STRENGTHS, Suite, line_name
 from fusion_lens.models import HookedModel
 from fusion_lens.pictures import write_figures
-from fusion_lens.preparation import TuningConfig
+from fusion_lens.preparation import TuningConfig, prepare, seed_of, with_engine_shape
 from fusion_lens.question_gates import fit_question_gate
 from fusion_lens.questions import Neighbour, Question
 from fusion_lens.results import Result
 from fusion_lens.search import SearchConfig
+from fusion_lens.segments import thirds
 from fusion_lens.statistics import cluster_bootstrap, compare
 from fusion_lens.teacher_forcing import Text, log_probs
+from fusion_lens.tuning import Job, TunedPlan, tune_jobs
 from fusion_lens.units import random_ranking, ranking_by_mean
 
 FOLDER = Path(__file__).parent
@@ -60,6 +65,7 @@ FEW = (1, 12, 100, 1152)
 SITES = ("resid_post", "attn_z", "mlp_out")
 ARMS = ("baseline", "segmented", "masked", "gated")
 METRICS = ("objective", "overlap", "transfer_exact_match", "neighbours_kept", "kl_unrelated")
+SOUGHT = ("objective", "overlap")
 RANGES = (1.5,)
 
 
@@ -371,6 +377,7 @@ def fusion(model: HookedModel) -> dict[str, Any]:
     }
     for high in RANGES:
         records: list[Result] = []
+        chance: list[TunedPlan] = []
         for seed in SEEDS:
             search = SearchConfig(seed=seed, high=high)
             config = ExperimentConfig(
@@ -380,8 +387,9 @@ def fusion(model: HookedModel) -> dict[str, Any]:
                 model, asked, config, pool=available, donors=donors, gate=gate, progress=False
             )
             records += results.records
+            chance += in_random_units(model, asked, config.tuning)
             print(f"fusion, up to {high}, seed {seed}: done", file=sys.stderr, flush=True)
-        made["ranges"][str(high)] = summarised(records)
+        made["ranges"][str(high)] = summarised(records, chance)
     return made
 
 
@@ -396,8 +404,26 @@ def about(questions: Sequence[Question], people: Sequence[str]) -> list[Question
     return [replace(question, neighbours=of_them(question)) for question in questions]
 
 
-def summarised(records: Sequence[Result]) -> dict[str, Any]:
-    """Every arm's means, and its difference to plain segmented, over questions and seeds."""
+def in_random_units(
+    model: HookedModel, asked: Sequence[Question], config: TuningConfig
+) -> list[TunedPlan]:
+    """The search of `masked`, in units of a random order, another for every question."""
+    config = with_engine_shape(model, asked, config, n_rows=config.search.round_size * len(asked))
+    prepared, _ = prepare(model, asked, config)
+    shape = int(model.cfg.n_layers), int(model.cfg.d_model)
+    jobs = []
+    for item in prepared:
+        generator = torch.Generator().manual_seed(seed_of(config.search.seed, item.question.id))
+        order = torch.randperm(shape[0] * shape[1], generator=generator)
+        ranking = torch.stack([order // shape[1], order % shape[1]], dim=1)
+        jobs.append(Job(item, thirds(shape[0]), "masked", ranking=ranking))
+    tuned, _ = tune_jobs(model, jobs, config)
+    return tuned
+
+
+def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[str, Any]:
+    """Every arm's means, and its difference to plain segmented, over questions and seeds; and the
+    mask's to one of random units."""
     of_arm = {arm: [own for own in records if own.arm == arm] for arm in ARMS}
     made: dict[str, Any] = {"arms": {}, "minus segmented": {}}
     for arm, own in of_arm.items():
@@ -420,8 +446,30 @@ def summarised(records: Sequence[Result]) -> dict[str, Any]:
                 )
                 for metric in METRICS
             }
-    masked = [record.extra["k"] for record in of_arm["masked"] if not record.zero_won]
-    made["k"] = sorted(masked)
+    masked = of_arm["masked"]
+    made["k"] = sorted(record.extra["k"] for record in masked if not record.zero_won)
+    drawn = {own.question_id: own.subject for own in masked}
+    of_chance = [(tuned.job.prepared.question.id, tuned.best) for tuned in chance]
+    assert [name for name, _ in of_chance] == [own.question_id for own in masked]
+    subjects = [drawn[name] for name, _ in of_chance]
+    made["random units"] = {
+        metric: asdict(
+            cluster_bootstrap([getattr(best, metric) for _, best in of_chance], subjects)
+        )
+        for metric in SOUGHT
+    }
+    made["masked minus random units"] = {
+        metric: asdict(
+            compare(
+                [getattr(own, metric) for own in masked],
+                [getattr(best, metric) for _, best in of_chance],
+                subjects,
+                names=("masked", "random units"),
+                metric=metric,
+            )
+        )
+        for metric in SOUGHT
+    }
     return made
 
 
@@ -485,6 +533,12 @@ def _tables_of_fusion(found: dict[str, Any]) -> list[tuple[list[str], list[list[
             for arm, diffs in own["minus segmented"].items()
         ]
         tables.append(([f"coefficients up to {high}", *METRICS], rows))
+        own_chance, gap = own["random units"], own["masked minus random units"]
+        rows = [
+            ["random units", *(_interval(own_chance[metric], share=False) for metric in SOUGHT)],
+            ["masked minus random units", *(_difference(gap[metric]) for metric in SOUGHT)],
+        ]
+        tables.append((["", *SOUGHT], rows))
     return tables
 
 

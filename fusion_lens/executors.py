@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -280,29 +281,47 @@ def probe_steering(n_layers: int) -> dict[int, AtBlock]:
 
 
 def _check_hook_points(model: HookedModel, site: str) -> None:
-    """Make sure that hook points at a site act; tried once. A bridge may have hook points of parts
-    that an architecture does not run, and would go on unsteered.
+    """Make sure that the hook points at a site act, each of them; tried once. A bridge may have
+    hook points of parts that an architecture does not run, and would go on unsteered. (In 8-bit
+    rows depend on each other: one dead layer among others is not seen there, a dead site is.)
 
     Raises:
         HookNameError: if the model lacks one.
-        ModelError: if what is done there does not reach the logits.
+        ModelError: if what is done at one does not reach the logits.
     """
     acting = _ACTING.setdefault(model, {"resid_post"})
     if site in acting:
         return
     points = HookPoints(model)
-    tokens = probe_tokens(model, points.device)
+    n_layers = int(model.cfg.n_layers)
+    # one row for each layer, which is steered there alone
+    tokens = probe_tokens(model, points.device)[:1].repeat(n_layers, 1)
     mask = torch.ones_like(tokens)
+    at = {
+        (site, layer): partial(_in_row, layer, act)
+        for (_, layer), act in _probe_at(model, site).items()
+    }
     with evaluating(model):
         plain = points.forward(tokens, mask, last=1)
-        with points.at_sites(_probe_at(model, site)):
+        with points.at_sites(at):
             steered = points.forward(tokens, mask, last=1)
-    if torch.equal(plain, steered):
-        raise ModelError(
-            f"what is done at {site} must reach the logits, but {site_hook(model, site, 0)} of "
-            f"{model.cfg.model_name} changes nothing; choose another site."
-        )
+    for layer in range(n_layers):
+        if torch.equal(plain[layer], steered[layer]):
+            raise ModelError(
+                f"what is done at {site} must reach the logits, but "
+                f"{site_hook(model, site, layer)} of {model.cfg.model_name} changes nothing; "
+                "choose another site."
+            )
     acting.add(site)
+
+
+def _in_row(
+    row: int, act: AtSite, x: Float[Tensor, "batch pos width"]
+) -> Float[Tensor, "batch pos width"]:
+    """What is done at a site, done to one row."""
+    changed = act(x[row : row + 1])
+    assert changed is not None
+    return torch.cat([x[:row], changed, x[row + 1 :]])
 
 
 def _probe_at(model: HookedModel, site: str) -> dict[Place, AtSite]:

@@ -49,7 +49,7 @@ GATES = ("dsas", "permuted", "constant")
 _SHARES_OF_HEADS = (16, 8, 4, 2)
 FRACTIONS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
 LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-ONE_LAYER = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+ONE_LAYER = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 STRENGTHS = {
     "prompting": (1, 2, 3, 4, 6, 8),
     "fusion": FRACTIONS,

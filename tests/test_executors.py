@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from importlib.metadata import version
@@ -644,7 +645,10 @@ def test_a_model_without_the_hook_of_a_site_is_refused_by_both_executors(
 
 
 @pytest.mark.parametrize("executor", ["auto", "hooks"])
-def test_a_hook_point_that_is_never_run_is_not_taken_for_steering(executor: str) -> None:
+@pytest.mark.parametrize("dead_at", [(0, 1, 2, 3), (2,)], ids=["everywhere", "at one layer"])
+def test_a_hook_point_that_is_never_run_is_not_taken_for_steering(
+    executor: str, dead_at: tuple[int, ...]
+) -> None:
     # OPT's blocks have no MLP of their own: a bridge has a hook point of that name all the same
     with TemporaryDirectory() as folder:
         model: Any = load_model(save_family("opt", Path(folder)))
@@ -653,12 +657,16 @@ def test_a_hook_point_that_is_never_run_is_not_taken_for_steering(executor: str)
     dead = "blocks.{}.mlp.hook_out"
     assert dead.format(0) in model.hook_dict
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fusion_lens.executors.site_hook", lambda model, site, n: dead.format(n))
+        patch.setattr(
+            "fusion_lens.executors.site_hook",
+            lambda model, site, n: dead.format(n) if n in dead_at else site_hook(model, site, n),
+        )
         if version("transformer-lens") >= "4":
             # which hangs it on the hook of the last linear map
             named = written(model, [row], executor=executor)
         else:
-            message = r"mlp_out must reach the logits, but blocks\.0\.mlp\.hook_out of .* changes n"
+            name = re.escape(dead.format(dead_at[0]))
+            message = rf"mlp_out must reach the logits, but {name} of .* changes nothing"
             with pytest.raises(ModelError, match=message):
                 written(model, [row], executor=executor)
             named = None
