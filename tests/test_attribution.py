@@ -7,12 +7,14 @@ import torch
 from conftest import prompts_of, strong_plan
 from crosscoders import made
 from dictionaries import parts, relative_gap, residuals, save_sae
+from kinds import gate_of
 from torch import Tensor
 
 from fusion_lens.attribution import Attribution, attribute, effects_between
 from fusion_lens.dictionaries import Card, Dictionary, Encoded
 from fusion_lens.errors import ConfigError, DictionaryError
 from fusion_lens.models import HookedModel
+from fusion_lens.plans import Plan
 from fusion_lens.saes import load_sae
 from fusion_lens.teacher_forcing import Text, record_streams
 
@@ -173,6 +175,22 @@ def test_injected_is_the_plans_shift_and_total_what_became_of_it(
     assert torch.allclose(total.effects[1].delta, expected[[0, 3]], atol=1e-4)
     assert not torch.allclose(expected[3], shift[3], atol=0.1)
     assert injected.not_covered == total.not_covered == (2,)
+
+
+def test_of_a_gated_plan_what_the_gate_lets_through_is_injected(
+    tiny: HookedModel, dictionaries: list[Dictionary]
+) -> None:
+    (step,) = strong_plan(tiny).steps
+    gate = gate_of(tiny, "resid_post")
+    text = Text(prompts_of(tiny)[0], WRITTEN, Plan((replace(step, gate=gate),)))
+    (found,) = attribute(tiny, dictionaries, [text])
+    (streams,) = record_streams(tiny, [text])
+    entering = streams.entering[:, list(text.writing)]
+    weights = torch.sigmoid(torch.einsum("lpd,ld->lp", entering, gate.theta) + gate.bias[:, None])
+    expected = weights.mean(dim=1, keepdim=True) * step.shift
+    assert float(weights.std(dim=1)[0]) > 0.05
+    assert not found.effects[0].delta.any()  # the gate is closed there
+    assert torch.allclose(found.effects[1].delta, expected[[0, 3]], atol=1e-5)
 
 
 def test_tokens_read_are_all_but_special_ones_and_those_that_count_write(
