@@ -17,6 +17,7 @@ Cell = str | Sequence[tuple[str, bool]]
 """A text, or its pieces, those with True marked."""
 
 _LEFT = ("label", "text", "unsteered", "steered", "")
+_LONGEST_NAME = 24
 _CELL = 'style="text-align: {}; white-space: pre-wrap; max-width: 40em"'
 
 
@@ -45,8 +46,13 @@ class Section:
             pad_edge=False,
         )
         for n, name in enumerate(self.header):
-            # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
-            table.add_column(name, justify=self._side(n), overflow="fold")  # type: ignore[arg-type]
+            table.add_column(
+                name,
+                justify=self._side(n),  # type: ignore[arg-type]
+                # a cell that does not fit is folded: cut off, a perplexity of 1234.5 reads 123
+                overflow="fold",
+                no_wrap=n == 0 and self._begins_with_names(),
+            )
         for row in self.rows:
             table.add_row(*map(_rich, row))
         return Group(Text(self.title), table, *map(Text, self.notes))
@@ -90,6 +96,10 @@ class Section:
 
     def __rich__(self) -> Group:
         return self.to_rich()
+
+    def _begins_with_names(self) -> bool:
+        """Whether the first cells are short: what rows are called is the last to be folded."""
+        return max((len(_rich(row[0])) for row in self.rows), default=0) <= _LONGEST_NAME
 
     def _side(self, column: int) -> str:
         return "right" if column > 0 and self.header[column] not in _LEFT else "left"

@@ -46,6 +46,20 @@ def test_a_terminal_shows_the_same_and_reads_no_markup() -> None:
     assert "same <b>new</b>" in text
 
 
+def test_what_a_row_is_called_stays_on_one_line_where_others_must_fold() -> None:
+    header = ("arm", "n", "correct", "incorrect", "not attempted", "of attempted", "F", "unscored")
+    rows = tuple((arm, "60", *["100.0%"] * 5, "0") for arm in ("answer_in_prompt", "full"))
+    console = Console(width=80, file=io.StringIO())
+    console.print(Section("labels", header, rows).to_rich())
+    lines = console.file.getvalue().splitlines()
+    assert "answer_in_prompt  60" in lines[4]
+    assert lines[5].startswith("full ")
+    # a text is folded as before
+    long = Section("texts", ("said", "n"), (("word " * 30, "1"),))
+    console.print(long.to_rich())
+    assert console.file.getvalue().count("word") == 30
+
+
 def test_markdown_holds_the_text_of_marked_cells() -> None:
     assert Shown().table().to_markdown().splitlines()[3] == "| b | - | same <b>new</b> |"
 
