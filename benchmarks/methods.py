@@ -29,8 +29,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from fusion_lens import load_model, load_questions, select_questions
 from fusion_lens.atlas import CONTRASTS, QUESTIONS, UNRELATED
 from fusion_lens.atlas.world import WORLD_SEED, make_world
@@ -218,7 +216,7 @@ def rankings(seed: int) -> dict[str, Any]:
     return {
         "consistency": None,
         "mean difference": ranking_by_mean,
-        "random": lambda found: random_ranking(found, seed),
+        "random": lambda found: random_ranking(found.score.shape, seed),
     }
 
 
@@ -413,9 +411,7 @@ def in_random_units(
     shape = int(model.cfg.n_layers), int(model.cfg.d_model)
     jobs = []
     for item in prepared:
-        generator = torch.Generator().manual_seed(seed_of(config.search.seed, item.question.id))
-        order = torch.randperm(shape[0] * shape[1], generator=generator)
-        ranking = torch.stack([order // shape[1], order % shape[1]], dim=1)
+        ranking = random_ranking(shape, seed_of(config.search.seed, item.question.id))
         jobs.append(Job(item, thirds(shape[0]), "masked", ranking=ranking))
     tuned, _ = tune_jobs(model, jobs, config)
     return tuned
@@ -428,49 +424,51 @@ def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[s
     made: dict[str, Any] = {"arms": {}, "minus segmented": {}}
     for arm, own in of_arm.items():
         subjects = [record.subject for record in own]
-        made["arms"][arm] = {
-            metric: asdict(cluster_bootstrap([getattr(record, metric) for record in own], subjects))
-            for metric in METRICS
-        }
+        made["arms"][arm] = _means(own, subjects, METRICS)
         if arm in ("masked", "gated"):
             plain = of_arm["segmented"]
-            made["minus segmented"][arm] = {
-                metric: asdict(
-                    compare(
-                        [getattr(record, metric) for record in own],
-                        [getattr(record, metric) for record in plain],
-                        subjects,
-                        names=(arm, "segmented"),
-                        metric=metric,
-                    )
-                )
-                for metric in METRICS
-            }
+            made["minus segmented"][arm] = _gaps(own, plain, subjects, (arm, "segmented"), METRICS)
     masked = of_arm["masked"]
     made["k"] = sorted(record.extra["k"] for record in masked if not record.zero_won)
-    drawn = {own.question_id: own.subject for own in masked}
-    of_chance = [(tuned.job.prepared.question.id, tuned.best) for tuned in chance]
-    assert [name for name, _ in of_chance] == [own.question_id for own in masked]
-    subjects = [drawn[name] for name, _ in of_chance]
-    made["random units"] = {
-        metric: asdict(
-            cluster_bootstrap([getattr(best, metric) for _, best in of_chance], subjects)
-        )
-        for metric in SOUGHT
+    assert [tuned.job.prepared.question.id for tuned in chance] == [
+        record.question_id for record in masked
+    ]
+    subjects = [record.subject for record in masked]
+    drawn = [tuned.best for tuned in chance]
+    made["random units"] = _means(drawn, subjects, SOUGHT)
+    names = ("masked", "random units")
+    made["masked minus random units"] = _gaps(masked, drawn, subjects, names, SOUGHT)
+    return made
+
+
+def _means(
+    own: Sequence[Any], subjects: Sequence[str | None], metrics: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        metric: asdict(cluster_bootstrap([getattr(each, metric) for each in own], subjects))
+        for metric in metrics
     }
-    made["masked minus random units"] = {
+
+
+def _gaps(
+    own: Sequence[Any],
+    other: Sequence[Any],
+    subjects: Sequence[str | None],
+    names: tuple[str, str],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    return {
         metric: asdict(
             compare(
-                [getattr(own, metric) for own in masked],
-                [getattr(best, metric) for _, best in of_chance],
+                [getattr(each, metric) for each in own],
+                [getattr(each, metric) for each in other],
                 subjects,
-                names=("masked", "random units"),
+                names=names,
                 metric=metric,
             )
         )
-        for metric in SOUGHT
+        for metric in metrics
     }
-    return made
 
 
 def markdown(part: str, found: dict[str, Any]) -> str:
@@ -533,10 +531,10 @@ def _tables_of_fusion(found: dict[str, Any]) -> list[tuple[list[str], list[list[
             for arm, diffs in own["minus segmented"].items()
         ]
         tables.append(([f"coefficients up to {high}", *METRICS], rows))
-        own_chance, gap = own["random units"], own["masked minus random units"]
+        drawn, gaps = own["random units"], own["masked minus random units"]
         rows = [
-            ["random units", *(_interval(own_chance[metric], share=False) for metric in SOUGHT)],
-            ["masked minus random units", *(_difference(gap[metric]) for metric in SOUGHT)],
+            ["random units", *(_interval(drawn[metric], share=False) for metric in SOUGHT)],
+            ["masked minus random units", *(_difference(gaps[metric]) for metric in SOUGHT)],
         ]
         tables.append((["", *SOUGHT], rows))
     return tables

@@ -197,7 +197,7 @@ def units_curve(behaviour: Behaviour, plan: Plan, found: Momenta) -> list[UnitsP
     rankings = {
         "consistency": found.ranking,
         "mean difference": ranking_by_mean(found),
-        "random": random_ranking(found, seed=0),
+        "random": random_ranking(found.score.shape, seed=0),
     }
     wanted = [(name, k) for name in rankings for k in (10, 30, 100, 300, 700)]
     shape = tuple(found.score.shape)

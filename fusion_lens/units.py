@@ -150,11 +150,10 @@ def ranking_by_mean(found: Momenta) -> Int[Tensor, "unit 2"]:
     return _ranked(found.mean.abs())
 
 
-def random_ranking(found: Momenta, seed: int) -> Int[Tensor, "unit 2"]:
-    """A control: all units in a random order."""
+def random_ranking(shape: tuple[int, int], seed: int) -> Int[Tensor, "unit 2"]:
+    """A control: all units of layers and widths in a random order."""
     generator = torch.Generator().manual_seed(seed)
-    n_units = found.n_positive.numel()
-    return _places(torch.randperm(n_units, generator=generator), found.n_positive.shape[1])
+    return _places(torch.randperm(shape[0] * shape[1], generator=generator), shape[1])
 
 
 def unit_mask(

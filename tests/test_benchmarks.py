@@ -13,6 +13,7 @@ import pytest
 from conftest import strong_plan
 
 from fusion_lens.atlas import CONTRASTS, QUESTIONS
+from fusion_lens.atlas.world import WORLD_SEED, make_world
 from fusion_lens.contrasts import KINDS, load_contrasts, of_kind, require_parts
 from fusion_lens.decoding import GenerationConfig
 from fusion_lens.experiment import run
@@ -20,10 +21,11 @@ from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.fronts import kept_at
 from fusion_lens.method_bench import compare_methods
 from fusion_lens.models import load_model
-from fusion_lens.preparation import TuningConfig
+from fusion_lens.preparation import TuningConfig, prepare
 from fusion_lens.prompts import question_prompt, reference_prompt
-from fusion_lens.questions import Question, load_questions, save_questions
+from fusion_lens.questions import Question, load_questions, save_questions, select_questions
 from fusion_lens.search import SearchConfig
+from fusion_lens.units import consistent
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.slow
@@ -181,6 +183,42 @@ def test_figures_are_pooled_over_seeds(script, atlas) -> None:
     text = methods.markdown("gates", found)
     assert f"| {name} | generic | " in text
     assert text.count("\n\n") == 1
+
+
+def test_neighbours_are_counted_on_people_that_the_gate_has_not_met(script) -> None:
+    methods = script("methods")
+    asked = select_questions(load_questions(QUESTIONS), split="test", limit=60)
+    known = [person.name for person in make_world(WORLD_SEED).known]
+    halves = [methods.about(asked, half) for half in (known[:32], known[32:])]
+    for question, *parts in zip(asked, *halves, strict=True):
+        texts = [{own.question for own in part.neighbours} for part in parts]
+        assert not texts[0] & texts[1]
+        assert texts[0] | texts[1] == {own.question for own in question.neighbours}
+    assert [sum(len(each.neighbours) for each in half) for half in halves] == [95, 85]
+
+
+def test_masks_of_random_units_differ_from_the_arm_in_their_units_alone(
+    script, atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = script("methods")
+    donors = select_questions(load_questions(QUESTIONS), split="test", limit=6)
+    tuning = TuningConfig(search=SearchConfig(trials=8, round_size=4))
+    config = ExperimentConfig(arms=("baseline", "masked"), tuning=tuning, reach=False)
+    records = run(atlas, donors[:3], config, donors=donors, progress=False).records
+    masked = [record for record in records if record.arm == "masked"]
+    chance = methods.in_random_units(atlas, donors[:3], tuning)
+    assert [tuned.best.objective for tuned in chance] != [record.objective for record in masked]
+    # with the units of the arm the search is the arm's
+    deltas = [item.deltas for item in prepare(atlas, donors, tuning)[0]]
+    of_all = consistent(deltas)
+    rankings = iter([(of_all - consistent([own])).ranking for own in deltas])
+    monkeypatch.setattr(methods, "random_ranking", lambda shape, seed: next(rankings))
+    same = methods.in_random_units(atlas, donors[:3], tuning)
+    assert [tuned.tuned.best.extra for tuned in same] == [record.extra for record in masked]
+    assert [tuned.best.completion.text for tuned in same] == [own.completion for own in masked]
+    assert [tuned.best.objective for tuned in same] == pytest.approx(
+        [record.objective for record in masked], abs=1e-4
+    )
 
 
 def test_a_soak_tells_what_a_process_holds_after_each_block(script, tiny) -> None:

@@ -28,9 +28,8 @@ esac
 "${pip[@]}" install --no-compile -c "$venv/constraints.txt" "${wanted[@]}" -e . beartype hypothesis pytest pytest-xdist
 "$venv/bin/python" -m pip --disable-pip-version-check freeze | grep -i '^\(torch\|transformer\|optuna\|numpy\)'
 
-# those that take longest first, so that both processes end together;
-# the search itself knows Optuna alone, whose lowest version is the newest there is; tuning runs it
-core=(moves executors generation slots hooks tuning activations decoding deltas identity lean models perplexity plan_files plans prompts steps)
+# those that take longest first, so that both processes end together
+core=(moves executors generation slots search hooks tuning activations decoding deltas identity lean models perplexity plan_files plans prompts steps)
 files=("${core[@]/#/tests/test_}")
 files=("${files[@]/%/.py}")
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${files[@]}"
