@@ -54,6 +54,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+	$(BIN)/python -m nbqa mypy notebooks
 
 figures: $(STAMP)
 	bash figures/chromium.sh

@@ -31,7 +31,7 @@ from fusion_lens.deltas import Deltas, make_deltas
 from fusion_lens.generation import generate
 from fusion_lens.identity import identify
 from fusion_lens.models import HookedModel
-from fusion_lens.plans import Plan
+from fusion_lens.plans import Plan, Step
 from fusion_lens.preparation import Prepared, TuningConfig, prepare, with_engine_shape
 from fusion_lens.prompts import Prompt
 from fusion_lens.scores import exact_match, token_overlap
@@ -112,9 +112,11 @@ def look(model: HookedModel, cases: Sequence[Case], config: GenerationConfig) ->
 
 def _moved(plan: Plan, identity: Any) -> Plan:
     """The very same vectors, said to be another model's: a plan is refused where weights differ."""
-    return Plan(
-        tuple(replace(step, deltas=replace(step.deltas, model=identity)) for step in plan.steps)
-    )
+    moved = []
+    for step in plan.steps:
+        assert isinstance(step, Step)
+        moved.append(replace(step, deltas=replace(step.deltas, model=identity)))
+    return Plan(tuple(moved))
 
 
 def _alone(model: HookedModel, rows: Sequence[Row], config: GenerationConfig) -> list[Completion]:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -22,6 +23,7 @@ from unittest.mock import patch
 import torch
 from floor import Products
 from plotly.subplots import make_subplots
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fusion_lens import ExperimentConfig, load_model, load_questions, run, select_questions
@@ -34,7 +36,7 @@ from fusion_lens.hooks import fwd_hooks
 from fusion_lens.likelihood import completion_nll
 from fusion_lens.models import evaluating
 from fusion_lens.pictures import Figure, write_figures
-from fusion_lens.plans import make_plan, thirds
+from fusion_lens.plans import Step, make_plan, thirds
 from fusion_lens.prompts import question_prompt, reference_prompt
 from fusion_lens.search import Search
 
@@ -138,16 +140,14 @@ def measure(bench: Bench, row_counts: Sequence[int], repeats: int) -> list[dict[
         rows = bench.rows[:n]
         products = Products([*bench.model.parameters()])
         works |= {
-            (n, "engine"): lambda rows=rows: engine(bench, rows),
-            (n, "engine_with_perplexity"): lambda rows=rows: engine(bench, rows, score=True),
-            (n, "hf_batched_hook"): lambda rows=rows: hugging_face(bench, rows, steered=True),
-            (n, "hf_unsteered"): lambda rows=rows: hugging_face(bench, rows, steered=False),
+            (n, "engine"): partial(engine, bench, rows),
+            (n, "engine_with_perplexity"): partial(engine, bench, rows, score=True),
+            (n, "hf_batched_hook"): partial(hugging_face, bench, rows, steered=True),
+            (n, "hf_unsteered"): partial(hugging_face, bench, rows, steered=False),
             (n, "floor"): products.replay,
         }
         if bench.name == "atlas":
-            works[n, "engine_with_end_of_text"] = lambda rows=rows: engine(
-                bench, rows, stop_at_eos=True
-            )
+            works[n, "engine_with_end_of_text"] = partial(engine, bench, rows, stop_at_eos=True)
         engine(bench, rows)
         with products:
             engine(bench, rows)
@@ -289,12 +289,14 @@ def authors(bench: Bench, rows: Sequence[Row]) -> None:
     for row in rows:
         assert row.plan is not None
         step = row.plan.steps[0]
+        assert isinstance(step, Step)
         reference, coeffs = step.deltas.reference, step.layer_coeffs
 
         def steer(
             layer: int, hidden: torch.Tensor, reference: Any = reference, coeffs: Any = coeffs
         ) -> torch.Tensor:
-            return hidden + coeffs[layer] * (reference[layer] - hidden.mean(dim=1, keepdim=True))
+            moved: torch.Tensor = coeffs[layer] * (reference[layer] - hidden.mean(1, keepdim=True))
+            return hidden + moved
 
         with block_hooks(bench, steer):
             text = hf_generate(bench, [row], use_cache=False)
@@ -353,7 +355,8 @@ class block_hooks:  # noqa: N801
     """Inside, `steer(layer, hidden)` replaces the output of every block of the plain model."""
 
     def __init__(self, bench: Bench, steer: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-        self._bench, self._steer, self._handles = bench, steer, []
+        self._bench, self._steer = bench, steer
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
         for layer, block in enumerate(self._bench.blocks):

@@ -126,8 +126,10 @@ def named_shares(
         ]
         asked = [tuned.job.prepared.question for tuned in plans]
         subjects = [question.subject or question.id for question in asked]
+        own_hits, lent_hits = hits
         comparison = compare(
-            *hits,
+            own_hits,
+            lent_hits,
             subjects,
             names=("own", "mismatched"),
             metric=name,
@@ -145,10 +147,11 @@ def named_shares(
 
 def described(found: Sequence[Attribution]) -> dict[str, float]:
     """Medians over questions of how much of a change is explained."""
-    middle = len(found) // 2
+    errors = [each.relative_error for each in found if each.relative_error is not None]
+    cosines = [each.cosine for each in found if each.cosine is not None]
     return {
-        "relative_error": sorted(each.relative_error for each in found)[middle],
-        "cosine": sorted(each.cosine for each in found)[middle],
+        "relative_error": sorted(errors)[len(errors) // 2],
+        "cosine": sorted(cosines)[len(cosines) // 2],
         "largest_gap": max(effects.gap for each in found for effects in each.effects),
     }
 

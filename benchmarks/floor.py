@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = {
+_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.mm.default: torch.mm,
     torch.ops.aten.addmm.default: torch.addmm,
     torch.ops.aten.bmm.default: torch.bmm,
@@ -26,7 +26,7 @@ class Products(TorchDispatchMode):
     """Inside `with Products(parameters) as products:` products are noted; `replay` runs them."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
         self._operands: dict[tuple[Any, ...], Tensor] = {}
         self._calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = []

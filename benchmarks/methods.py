@@ -35,7 +35,8 @@ from fusion_lens.atlas.world import WORLD_SEED, make_world
 from fusion_lens.behaviours import Behaviour, Observed, Way
 from fusion_lens.contrast_texts import example_texts
 from fusion_lens.contrasts import Example, load_contrasts, of_kind, require_parts
-from fusion_lens.experiment import ExperimentConfig, run
+from fusion_lens.experiment import run
+from fusion_lens.experiment_config import ExperimentConfig
 from fusion_lens.front_plots import UnitsPoint, plot_units_curve
 from fusion_lens.fronts import Sweep, matched
 from fusion_lens.method_bench import MethodBench, balance, compare_methods
@@ -423,7 +424,7 @@ def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[s
     of_arm = {arm: [own for own in records if own.arm == arm] for arm in ARMS}
     made: dict[str, Any] = {"arms": {}, "minus segmented": {}}
     for arm, own in of_arm.items():
-        subjects = [record.subject for record in own]
+        subjects = [record.subject or record.question_id for record in own]
         made["arms"][arm] = _means(own, subjects, METRICS)
         if arm in ("masked", "gated"):
             plain = of_arm["segmented"]
@@ -433,7 +434,7 @@ def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[s
     assert [tuned.job.prepared.question.id for tuned in chance] == [
         record.question_id for record in masked
     ]
-    subjects = [record.subject for record in masked]
+    subjects = [record.subject or record.question_id for record in masked]
     drawn = [tuned.best for tuned in chance]
     made["random units"] = _means(drawn, subjects, SOUGHT)
     names = ("masked", "random units")
@@ -441,9 +442,7 @@ def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[s
     return made
 
 
-def _means(
-    own: Sequence[Any], subjects: Sequence[str | None], metrics: Sequence[str]
-) -> dict[str, Any]:
+def _means(own: Sequence[Any], subjects: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     return {
         metric: asdict(cluster_bootstrap([getattr(each, metric) for each in own], subjects))
         for metric in metrics
@@ -453,7 +452,7 @@ def _means(
 def _gaps(
     own: Sequence[Any],
     other: Sequence[Any],
-    subjects: Sequence[str | None],
+    subjects: Sequence[str],
     names: tuple[str, str],
     metrics: Sequence[str],
 ) -> dict[str, Any]:
@@ -575,7 +574,8 @@ def curves(found: dict[str, Any], name: str) -> list[UnitsPoint]:
     """The points of a set's figure at resid_post."""
     return [
         UnitsPoint(
-            *(("every unit", None) if row["k"] == UNITS[-1] else (row["ranking"], row["k"])),
+            "every unit" if row["k"] == UNITS[-1] else row["ranking"],
+            None if row["k"] == UNITS[-1] else row["k"],
             row["accuracy"]["mean"],
             row["accuracy"]["low"],
             row["accuracy"]["high"],

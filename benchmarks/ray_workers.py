@@ -57,15 +57,16 @@ def main() -> None:
     ray.shutdown()
     timed = pairs[1:]
     ratios = sorted(a / b for a, b in timed)
+    rates = [len(questions) / median(own) for own in zip(*timed, strict=True)]
     found = {
         "questions": len(questions),
         "seconds": timed,
-        "per_second": [len(questions) / median(own) for own in zip(*timed, strict=True)],
+        "per_second": rates,
         "ratio": {"median": median(ratios), "low": ratios[0], "high": ratios[-1]},
     }
     (FOLDER / "ray_workers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("| workers | questions/s |\n| --- | --- |")
-    for n, rate in enumerate(found["per_second"], start=1):
+    for n, rate in enumerate(rates, start=1):
         print(f"| {n} | {rate:.2f} |")
     print(
         f"\ntwo against one: {median(ratios):.2f} times as many "

@@ -95,7 +95,8 @@ def searched(
     parts = make_segments("thirds", int(model.cfg.n_layers))
     jobs = [Job(item, parts, "segmented") for item in prepared]
     score = Scorer(model, config)
-    courses, seconds = [], {}
+    courses: list[Course] = []
+    seconds: dict[str, float] = {}
     for seed in range(seeds):
         for name, starts in starts_of(model, dev, asked, folder, seed).items():
             began = time.perf_counter()

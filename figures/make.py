@@ -10,11 +10,11 @@ cannot drift apart.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fusion_lens import load_model, load_plan, load_questions, load_results, tune
 from fusion_lens.atlas import CONTRASTS, QUESTIONS
@@ -31,7 +31,7 @@ from fusion_lens.method_suite import Suite
 from fusion_lens.methods.dsas import gated
 from fusion_lens.models import HookedModel
 from fusion_lens.pictures import Figure, write_figures
-from fusion_lens.plans import Plan
+from fusion_lens.plans import Plan, Step
 from fusion_lens.plots import (
     plot_front,
     plot_fronts,
@@ -81,7 +81,7 @@ def readme_blocks(summary: dict[str, object], probes: dict[str, object]) -> dict
     }
 
 
-def probe_table(probes: dict[str, object]) -> str:
+def probe_table(probes: dict[str, Any]) -> str:
     """The probes of `probes.json` as Markdown."""
     rows = [
         f"| {name} | {share['share']:.1%} "
@@ -97,9 +97,10 @@ def probe_table(probes: dict[str, object]) -> str:
 def with_blocks(readme: str, blocks: dict[str, str]) -> str:
     """`readme` with every generated block replaced."""
     for name, text in blocks.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        readme, count = pattern.subn(lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme)
-        assert count == 1, name
+        begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        before, found, after = readme.partition(begin)
+        assert found, name
+        readme = before + begin + text + end + after.partition(end)[2]
     return readme
 
 
@@ -164,7 +165,7 @@ def method_figures(model: HookedModel) -> list[Figure]:
     strongest, plan = line.ways[-2].plans[0], line.ways[2].plans[0]
     found = suite.momenta("resid_post")
     return [
-        plot_units(unit_mask(found.ranking, 100, tuple(found.score.shape)), found),
+        plot_units(unit_mask(found.ranking, 100, shape_of(found)), found),
         gate_figure(model, gated(plan, suite.gate("resid_post")), report[0].prompt),
         plot_fronts(
             compare_methods(
@@ -194,17 +195,15 @@ def gate_figure(model: HookedModel, plan: Plan, text: str) -> Figure:
 def units_curve(behaviour: Behaviour, plan: Plan, found: Momenta) -> list[UnitsPoint]:
     """The effect of the first units of three rankings, and of all."""
     (step,) = plan.steps
+    assert isinstance(step, Step)
     rankings = {
         "consistency": found.ranking,
         "mean difference": ranking_by_mean(found),
-        "random": random_ranking(found.score.shape, seed=0),
+        "random": random_ranking(shape_of(found), seed=0),
     }
     wanted = [(name, k) for name in rankings for k in (10, 30, 100, 300, 700)]
-    shape = tuple(found.score.shape)
-    ways = [
-        Way((Plan((replace(step, units=unit_mask(rankings[name], k, shape)),)),))
-        for name, k in wanted
-    ]
+    masks = [unit_mask(rankings[name], k, shape_of(found)) for name, k in wanted]
+    ways = [Way((Plan((replace(step, units=units),)),)) for units in masks]
     seen = behaviour.observe([*ways, Way((plan,))], paraphrased=False, likelihood=False)
     subjects = [source.subject or source.id for source in behaviour.sources]
     points = []
@@ -212,6 +211,12 @@ def units_curve(behaviour: Behaviour, plan: Plan, found: Momenta) -> list[UnitsP
         effect = cluster_bootstrap(own.effect, subjects, share=True)
         points.append(UnitsPoint(name, k, effect.mean, effect.low, effect.high, effect.n))
     return points
+
+
+def shape_of(found: Momenta) -> tuple[int, int]:
+    """Layers and width."""
+    layers, width = found.score.shape
+    return layers, width
 
 
 def main() -> None:

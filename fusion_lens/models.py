@@ -36,7 +36,8 @@ Place = tuple[str, int]
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What the package asks of a model; `TransformerBridge` and `HookedTransformer` offer it.
+    """What the package and its pages ask of a model; `TransformerBridge` and `HookedTransformer`
+    offer it.
 
     Their `hook_dict` is not among it: a bridge makes it anew whenever it is asked for, which a
     check against this protocol would do.
@@ -46,6 +47,8 @@ class HookedModel(Protocol):
     tokenizer: Any
 
     def hooks(self, fwd_hooks: Any = ...) -> AbstractContextManager[Any]: ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def parameters(self) -> Iterator[Tensor]: ...
 

@@ -117,8 +117,12 @@ def _joined(outputs: Sequence[Any]) -> list[Any]:
     """A bar between two prints would leave them apart."""
     joined: list[Any] = []
     for output in outputs:
-        last = joined[-1] if joined else {}
-        if "stream" == output.output_type == last.get("output_type") and output.name == last.name:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and "stream" == output.output_type == last.output_type
+            and output.name == last.name
+        ):
             last.text += output.text
         else:
             joined.append(output)

@@ -165,7 +165,7 @@ def _train_step(
     loss_sum = 0.0
     for batch in batches:
         loss = _weighted_loss(model, batch) / total
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         loss_sum += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:

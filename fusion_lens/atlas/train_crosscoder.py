@@ -95,7 +95,7 @@ def train_crosscoder(
     for step in range(steps):
         x = normaliser.normalise(next(batches)).flatten(1)
         loss, explained, fired = _loss(config, weights, x, silent > config.dead_after, n_layers)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.trained, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _rate(config, step, steps)

@@ -162,7 +162,7 @@ def train(
                 )
             history.append((transport.item(), damage.item()))
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             if show is not None:
                 show("training steps", n + 1, config.steps)
