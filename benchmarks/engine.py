@@ -23,6 +23,7 @@ from unittest.mock import patch
 import torch
 from floor import Products
 from plotly.subplots import make_subplots
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -293,10 +294,9 @@ def authors(bench: Bench, rows: Sequence[Row]) -> None:
         reference, coeffs = step.deltas.reference, step.layer_coeffs
 
         def steer(
-            layer: int, hidden: torch.Tensor, reference: Any = reference, coeffs: Any = coeffs
-        ) -> torch.Tensor:
-            moved: torch.Tensor = coeffs[layer] * (reference[layer] - hidden.mean(1, keepdim=True))
-            return hidden + moved
+            layer: int, hidden: Tensor, reference: Tensor = reference, coeffs: Tensor = coeffs
+        ) -> Tensor:
+            return hidden + coeffs[layer] * (reference[layer] - hidden.mean(dim=1, keepdim=True))
 
         with block_hooks(bench, steer):
             text = hf_generate(bench, [row], use_cache=False)
@@ -330,7 +330,7 @@ def hugging_face(bench: Bench, rows: Sequence[Row], *, steered: bool) -> None:
         hf_generate(bench, rows)
 
 
-def hf_generate(bench: Bench, rows: Sequence[Row], *, use_cache: bool = True) -> torch.Tensor:
+def hf_generate(bench: Bench, rows: Sequence[Row], *, use_cache: bool = True) -> Tensor:
     """Prompt and completion tokens of Hugging Face's greedy generate."""
     width = max(len(row.prompt.tokens) for row in rows)
     tokens = torch.zeros((len(rows), width), dtype=torch.long)
@@ -338,7 +338,7 @@ def hf_generate(bench: Bench, rows: Sequence[Row], *, use_cache: bool = True) ->
     for n, row in enumerate(rows):
         tokens[n, width - len(row.prompt.tokens) :] = torch.tensor(row.prompt.tokens)
         mask[n, width - len(row.prompt.tokens) :] = 1
-    text: torch.Tensor = bench.plain.generate(
+    text: Tensor = bench.plain.generate(
         tokens,
         attention_mask=mask,
         max_new_tokens=NEW,
@@ -354,7 +354,7 @@ def hf_generate(bench: Bench, rows: Sequence[Row], *, use_cache: bool = True) ->
 class block_hooks:  # noqa: N801
     """Inside, `steer(layer, hidden)` replaces the output of every block of the plain model."""
 
-    def __init__(self, bench: Bench, steer: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, bench: Bench, steer: Callable[[int, Tensor], Tensor]) -> None:
         self._bench, self._steer = bench, steer
         self._handles: list[RemovableHandle] = []
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from fusion_lens import TuningConfig, load_model, load_questions, select_questions
@@ -117,16 +118,15 @@ def named_shares(
     found = [attribute(model, dictionaries, texts) for texts in (own, lent)]
     made = {}
     for name, rule in RULES.items():
-        hits = [
+        own_hits, lent_hits = (
             [
                 float(is_named(each, shelved, tuned.job.prepared.question.answer, rule))
                 for each, tuned in zip(side, plans, strict=True)
             ]
             for side in found
-        ]
+        )
         asked = [tuned.job.prepared.question for tuned in plans]
         subjects = [question.subject or question.id for question in asked]
-        own_hits, lent_hits = hits
         comparison = compare(
             own_hits,
             lent_hits,
@@ -136,10 +136,9 @@ def named_shares(
             share=True,
             binary=True,
         )
-        shares = [sum(side) / len(side) for side in hits]
         made[name] = {
-            "own": shares[0],
-            "mismatched": shares[1],
+            "own": sum(own_hits) / len(own_hits),
+            "mismatched": sum(lent_hits) / len(lent_hits),
             "comparison": comparison,
         }
     return made
@@ -147,13 +146,17 @@ def named_shares(
 
 def described(found: Sequence[Attribution]) -> dict[str, float]:
     """Medians over questions of how much of a change is explained."""
-    errors = [each.relative_error for each in found if each.relative_error is not None]
-    cosines = [each.cosine for each in found if each.cosine is not None]
     return {
-        "relative_error": sorted(errors)[len(errors) // 2],
-        "cosine": sorted(cosines)[len(cosines) // 2],
+        "relative_error": _middle([each.relative_error for each in found]),
+        "cosine": _middle([each.cosine for each in found]),
         "largest_gap": max(effects.gap for each in found for effects in each.effects),
     }
+
+
+def _middle(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    assert len(known) == len(values), "every plan steers"
+    return median_high(known)
 
 
 def markdown(name: str, result: dict[str, Any], measured: Faithfulness) -> str:

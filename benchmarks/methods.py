@@ -217,7 +217,7 @@ def rankings(seed: int) -> dict[str, Any]:
     return {
         "consistency": None,
         "mean difference": ranking_by_mean,
-        "random": lambda found: random_ranking(found.score.shape, seed),
+        "random": lambda found: random_ranking(found.shape, seed),
     }
 
 
@@ -424,7 +424,7 @@ def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[s
     of_arm = {arm: [own for own in records if own.arm == arm] for arm in ARMS}
     made: dict[str, Any] = {"arms": {}, "minus segmented": {}}
     for arm, own in of_arm.items():
-        subjects = [record.subject or record.question_id for record in own]
+        subjects = [record.subject for record in own]
         made["arms"][arm] = _means(own, subjects, METRICS)
         if arm in ("masked", "gated"):
             plain = of_arm["segmented"]
@@ -434,7 +434,7 @@ def summarised(records: Sequence[Result], chance: Sequence[TunedPlan]) -> dict[s
     assert [tuned.job.prepared.question.id for tuned in chance] == [
         record.question_id for record in masked
     ]
-    subjects = [record.subject or record.question_id for record in masked]
+    subjects = [record.subject for record in masked]
     drawn = [tuned.best for tuned in chance]
     made["random units"] = _means(drawn, subjects, SOUGHT)
     names = ("masked", "random units")
@@ -572,18 +572,15 @@ def _told(alphas: Sequence[float]) -> str:
 
 def curves(found: dict[str, Any], name: str) -> list[UnitsPoint]:
     """The points of a set's figure at resid_post."""
-    return [
-        UnitsPoint(
-            "every unit" if row["k"] == UNITS[-1] else row["ranking"],
-            None if row["k"] == UNITS[-1] else row["k"],
-            row["accuracy"]["mean"],
-            row["accuracy"]["low"],
-            row["accuracy"]["high"],
-            row["accuracy"]["n"],
-        )
-        for row in found["accuracy"]
-        if row["set"] == name and row["site"] == "resid_post" and row["k"]
-    ]
+    points = []
+    for row in found["accuracy"]:
+        if row["set"] == name and row["site"] == "resid_post" and row["k"]:
+            whole, share = row["k"] == UNITS[-1], row["accuracy"]
+            ranking, k = ("every unit", None) if whole else (row["ranking"], row["k"])
+            points.append(
+                UnitsPoint(ranking, k, share["mean"], share["low"], share["high"], share["n"])
+            )
+    return points
 
 
 def draw(found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ cannot drift apart.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -97,10 +98,14 @@ def probe_table(probes: dict[str, Any]) -> str:
 def with_blocks(readme: str, blocks: dict[str, str]) -> str:
     """`readme` with every generated block replaced."""
     for name, text in blocks.items():
-        begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        before, found, after = readme.partition(begin)
-        assert found, name
-        readme = before + begin + text + end + after.partition(end)[2]
+        readme = _with_block(readme, name, text)
+    return readme
+
+
+def _with_block(readme: str, name: str, text: str) -> str:
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    readme, count = pattern.subn(lambda m: f"{m[1]}{text}\n{m[2]}", readme)
+    assert count == 1, name
     return readme
 
 
@@ -165,7 +170,7 @@ def method_figures(model: HookedModel) -> list[Figure]:
     strongest, plan = line.ways[-2].plans[0], line.ways[2].plans[0]
     found = suite.momenta("resid_post")
     return [
-        plot_units(unit_mask(found.ranking, 100, shape_of(found)), found),
+        plot_units(unit_mask(found.ranking, 100, found.shape), found),
         gate_figure(model, gated(plan, suite.gate("resid_post")), report[0].prompt),
         plot_fronts(
             compare_methods(
@@ -199,10 +204,10 @@ def units_curve(behaviour: Behaviour, plan: Plan, found: Momenta) -> list[UnitsP
     rankings = {
         "consistency": found.ranking,
         "mean difference": ranking_by_mean(found),
-        "random": random_ranking(shape_of(found), seed=0),
+        "random": random_ranking(found.shape, seed=0),
     }
     wanted = [(name, k) for name in rankings for k in (10, 30, 100, 300, 700)]
-    masks = [unit_mask(rankings[name], k, shape_of(found)) for name, k in wanted]
+    masks = [unit_mask(rankings[name], k, found.shape) for name, k in wanted]
     ways = [Way((Plan((replace(step, units=units),)),)) for units in masks]
     seen = behaviour.observe([*ways, Way((plan,))], paraphrased=False, likelihood=False)
     subjects = [source.subject or source.id for source in behaviour.sources]
@@ -211,12 +216,6 @@ def units_curve(behaviour: Behaviour, plan: Plan, found: Momenta) -> list[UnitsP
         effect = cluster_bootstrap(own.effect, subjects, share=True)
         points.append(UnitsPoint(name, k, effect.mean, effect.low, effect.high, effect.n))
     return points
-
-
-def shape_of(found: Momenta) -> tuple[int, int]:
-    """Layers and width."""
-    layers, width = found.score.shape
-    return layers, width
 
 
 def main() -> None:

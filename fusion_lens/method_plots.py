@@ -52,10 +52,10 @@ def plot_units(units: Bool[Tensor, "layer width"], momenta: Momenta | None = Non
     """
     if not bool(units.any()):
         raise ConfigError("there must be at least one unit to show, but none is kept.")
-    if momenta is not None and momenta.n_positive.shape != units.shape:
+    if momenta is not None and momenta.shape != units.shape:
         raise ConfigError(
             f"units and momenta must have one shape, but got {tuple(units.shape)} "
-            f"and {tuple(momenta.n_positive.shape)}."
+            f"and {momenta.shape}."
         )
     n_layers, width = units.shape
     kinds = _kinds(units, momenta)

@@ -50,6 +50,12 @@ class Momenta:
             )
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and width."""
+        n_layers, width = self.n_positive.shape
+        return n_layers, width
+
+    @property
     def r_positive(self) -> Float[Tensor, "layer width"]:
         """r+, the share of pairs in which a unit is higher in the right text.
 

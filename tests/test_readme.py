@@ -43,6 +43,18 @@ def test_the_tables_are_those_of_the_files_beside_the_figures(make_figures) -> N
     assert summary["arms"]["segmented"]["n"] >= 60
 
 
+@pytest.mark.parametrize(
+    "readme",
+    ["no block", "<!-- a -->\nnever closed", 2 * "<!-- a -->\nold\n<!-- end -->\n"],
+    ids=["none", "open", "twice"],
+)
+def test_a_readme_whose_block_is_not_there_exactly_once_is_left_alone(
+    make_figures, readme: str
+) -> None:
+    with pytest.raises(AssertionError, match="^a$"):
+        make_figures.with_blocks(readme, {"a": "new"})
+
+
 def test_the_figures_were_made_with_the_atlas_that_ships() -> None:
     weights = hash_weights(CHECKPOINT)
     assert weights in README

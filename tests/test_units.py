@@ -39,7 +39,8 @@ def test_units_are_ranked_by_score_then_layer_then_dimension(tiny: HookedModel) 
 def test_controls_rank_all_units_by_mean_difference_or_by_chance(tiny: HookedModel) -> None:
     found = toy(tiny, TOY)
     assert ranking_by_mean(found)[:4].tolist() == [[1, 5], [3, 7], [2, 9], [1, 2]]
-    one, same, other = (random_ranking((4, 32), seed) for seed in (0, 0, 1))
+    one, same, other = (random_ranking(found.shape, seed) for seed in (0, 0, 1))
+    assert found.shape == (4, 32)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     for ranking in (one, other, ranking_by_mean(found)):
