@@ -51,7 +51,7 @@ def test_the_tables_are_those_of_the_files_beside_the_figures(make_figures) -> N
 def test_a_readme_whose_block_is_not_there_exactly_once_is_left_alone(
     make_figures, readme: str
 ) -> None:
-    with pytest.raises(AssertionError, match="^a$"):
+    with pytest.raises(AssertionError, match=r"^a$"):
         make_figures.with_blocks(readme, {"a": "new"})
 
 
